@@ -1,0 +1,30 @@
+"""Runtimes behind one contract; discovered by entry point, imported only when used."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from open_autoglm.engines.contract import Engine
+from open_autoglm.errors import UserError
+
+GROUP = "open_autoglm.engines"
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Names of all installed engines, sorted; imports none of them."""
+    return tuple(sorted({point.name for point in entry_points(group=GROUP)}))
+
+
+@cache
+def get(name: str) -> Engine:
+    """The engine called ``name``.
+
+    Raises UserError if there is none, naming the ones there are.
+    """
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            engine: Engine = point.load()()
+            return engine
+    raise UserError(f"unknown engine {name!r}: choose from {', '.join(names())}")

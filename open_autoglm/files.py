@@ -1,0 +1,73 @@
+"""Small file helpers: atomic writes, digests, and locks that the kernel frees when their holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from open_autoglm.schemas import FileDigest
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write ``data`` so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def directory_atomic(path: Path) -> Iterator[Path]:
+    """Yield an empty sibling of ``path`` that becomes ``path`` if the block succeeds and vanishes if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(root: Path, files: Iterable[Path]) -> tuple[FileDigest, ...]:
+    """Digests of ``files``, named relative to ``root``, in a stable order."""
+    return tuple(
+        FileDigest(path=str(file.relative_to(root)), size_bytes=file.stat().st_size, sha256=sha256_file(file))
+        for file in sorted(files)
+    )
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@contextmanager
+def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Iterator[None]:
+    """Hold a kernel file lock. Raises BlockingIOError if it is taken and ``blocking`` is false."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, mode if blocking else mode | fcntl.LOCK_NB)
+        yield

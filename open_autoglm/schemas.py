@@ -1,0 +1,485 @@
+"""The glossary: every noun that crosses a task, a disk or HTTP, one meaning per word.
+
+All models are frozen and refuse unknown fields. What is stored carries ``format_version``.
+Large things (weights, raw samples, logits) travel as a path and a digest, never as values.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from open_autoglm.units import ByteSize, Duration
+
+FORMAT_VERSION = 1
+"""Raised when a stored model changes in a way that an older reader would misunderstand."""
+
+TargetDevice = Literal["auto", "cpu", "gpu"]
+Device = Literal["cpu", "gpu"]
+Objective = Literal["latency", "throughput", "memory"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+AttentionKind = Literal["mha", "gqa", "mqa", "mla", "mla+dsa"]
+RotaryStyle = Literal["interleaved", "half", "none"]
+Phase = Literal["prefill", "decode"]
+Bound = Literal["compute", "bandwidth", "capacity"]
+
+
+class Model(BaseModel):
+    """Base of all glossary models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# ── the request ──────────────────────────────────────────────────────────────────────────────────
+
+
+class OptimizeSpec(Model):
+    """The whole request. Two equal specs on the same checkpoint and host are the same study."""
+
+    model_path: str = Field(
+        title="Model",
+        description="Directory of a Hugging Face checkpoint (safetensors), or a hub id when online",
+        min_length=1,
+    )
+    target_device: TargetDevice = Field(
+        "auto", title="Device", description="Where the model will be served; auto takes a GPU if there is one"
+    )
+    batch_size: int = Field(1, ge=1, le=1024, title="Batch size", description="Prompts per call")
+    prompt_tokens: int = Field(512, ge=1, title="Prompt length", description="Tokens per prompt")
+    output_tokens: int = Field(64, ge=2, title="Output length", description="New tokens per prompt")
+    objective: Objective = Field(
+        "latency",
+        title="Objective",
+        description="latency: time to the last token; throughput: decoded tokens per second; memory: peak RSS",
+    )
+    max_latency: Duration | None = Field(
+        None, title="Limit on TTFT p95", description="Time to first token, with its unit: 50ms, 0.05s"
+    )
+    max_tpot: Duration | None = Field(
+        None, title="Limit on TPOT", description="Time per output token after the first: 20ms"
+    )
+    max_memory: ByteSize | None = Field(
+        None, title="Limit on memory", description="Peak resident memory of the engine process: 2GiB, 512MB"
+    )
+    min_quality: float = Field(
+        0.99,
+        gt=0,
+        le=1.5,
+        title="Quality to keep",
+        description="Reference perplexity / candidate perplexity, on the worse of prefill and decode",
+    )
+    engines: tuple[str, ...] = Field(
+        (), title="Engines", description="Names from `open-autoglm engines`; empty means every engine"
+    )
+    rounds: int = Field(
+        10, ge=3, le=1000, title="Timed rounds", description="Requests timed per candidate, after warm-up"
+    )
+    quality_tokens: int = Field(
+        768, ge=64, title="Quality tokens", description="Tokens scored one at a time with the cache"
+    )
+    seed: int = Field(0, ge=0, title="Seed", description="Chooses prompts and evaluation windows")
+    register_as: str | None = Field(
+        None,
+        title="Registered model",
+        description="Name in the MLflow registry; the checkpoint directory's name if empty",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    trust_remote_code: bool = Field(
+        False, title="Trust remote code", description="Run Python code that comes with the checkpoint"
+    )
+    allow_pickle: bool = Field(
+        False, title="Allow pickles", description="Load .bin weights, which can run code when opened"
+    )
+
+
+# ── what is known before anything runs ───────────────────────────────────────────────────────────
+
+
+class FileDigest(Model):
+    """One file of a checkpoint, export or bundle, relative to its directory."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class Checkpoint(Model):
+    """A resolved, validated checkpoint: safetensors, config, tokenizer, and the digest of all of it."""
+
+    path: Path
+    name: str
+    model_type: str
+    architecture: str
+    files: tuple[FileDigest, ...]
+    digest: str
+    weight_bytes: int
+    weight_dtype: str
+    context_tokens: int
+    vocab_size: int
+    trust_remote_code: bool = False
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+
+class PhaseCost(Model):
+    """What one call of a phase must do at the workload's shape, in fp32 unless said otherwise."""
+
+    flops: float
+    bytes_read_weights: float
+    bytes_moved_kv: float
+
+
+class ModelProfile(Model):
+    """Facts of structure, read from the config and the module tree on the meta device."""
+
+    model_type: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    context_tokens: int
+    attention: AttentionKind
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    attention_bias: bool
+    qk_norm: bool
+    rotary: RotaryStyle
+    rotary_dims: int
+    mlp: Literal["fused_gate_up", "split_gate_up", "plain"]
+    norms_per_layer: int
+    norm_eps: float
+    tied_embeddings: bool
+    experts: int
+    experts_per_token: int
+    shared_experts: int
+    dense_layers: int
+    sliding_window: int | None
+    parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    lm_head_parameters: int
+    kv_elements_per_token: int = Field(description="cached numbers per token, over all layers")
+
+    def weight_bytes(self, bits: float) -> int:
+        """Bytes of all parameters stored at ``bits`` per parameter."""
+        return int(self.parameters * bits / 8)
+
+    def kv_bytes_per_token(self, bits: float) -> int:
+        return int(self.kv_elements_per_token * bits / 8)
+
+
+class Gpu(Model):
+    name: str
+    memory_bytes: int
+    driver: str
+    compute_capability: str | None = None
+
+
+class Hardware(Model):
+    """The host as measured, with the fingerprint that cache keys use."""
+
+    cpu_model: str
+    cores: int
+    isa: tuple[str, ...]
+    memory_bytes: int
+    available_memory_bytes: int
+    read_bandwidth_bytes_per_s: float
+    matmul_fp32_flops_per_s: float
+    matmul_bf16_flops_per_s: float | None
+    matmul_int8_ops_per_s: float | None
+    gpus: tuple[Gpu, ...]
+    gpu_reason: str = Field(description="why `gpus` is empty, or an empty string")
+    os: str
+    python: str
+    fingerprint: str
+
+
+class RooflineBound(Model):
+    """The least time one phase can take on this host: max(compute, bandwidth), if it fits at all."""
+
+    phase: Phase
+    precision: Precision
+    flops: float
+    bytes_moved: float
+    compute_ms: float
+    bandwidth_ms: float
+    capacity_bytes: float
+    binds: Bound
+    bound_ms: float
+
+
+class Analysis(Model):
+    """What `analyze` hands on: structure, host, and the roofline of each phase and precision."""
+
+    profile: ModelProfile
+    hardware: Hardware
+    roofline: tuple[RooflineBound, ...]
+
+    def bound(self, phase: Phase, precision: Precision) -> RooflineBound:
+        return next(b for b in self.roofline if b.phase == phase and b.precision == precision)
+
+
+# ── candidates ───────────────────────────────────────────────────────────────────────────────────
+
+ProbeStage = Literal["missing", "installed", "no_device", "ready"]
+
+
+class Probe(Model):
+    """Whether an engine can run here, and if not, why and how to change that."""
+
+    engine: str
+    stage: ProbeStage
+    version: str | None = None
+    reason: str = Field(description="one sentence; says what was found when ready")
+    install: str | None = Field(None, description="the command that would mend it")
+
+    @property
+    def ready(self) -> bool:
+        return self.stage == "ready"
+
+
+class Candidate(Model):
+    """One way to serve the model: engine × precision × knobs, and why it is (not) on the list."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="stable, readable, unique in a study")
+    engine: str
+    device: Device
+    precision: Precision
+    weight_bits: float = Field(description="mean stored bits per weight, scales included")
+    knobs: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    proposed_because: str
+    vetoed_because: str | None = None
+    reference: bool = False
+    baseline: bool = False
+
+    def vetoed(self, reason: str) -> Self:
+        return self.model_copy(update={"vetoed_because": reason})
+
+
+class ExportedModel(Model):
+    """The files a candidate needs, in a content-addressed directory. `path` equals the checkpoint's when
+    the engine loads it as it is."""
+
+    candidate_id: str
+    path: Path
+    digest: str
+    route: str
+    size_bytes: int
+    build_s: float
+    reused: bool = False
+    details: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class Workload(Model):
+    """The token ids every candidate is timed on, saved once per study. Shape int64[prompts, prompt_tokens]."""
+
+    path: Path
+    sha256: str
+    batch_size: int
+    prompt_tokens: int
+    output_tokens: int
+    rounds: int
+    seed: int
+    corpus: str
+
+
+# ── evidence ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Metric(Model):
+    """A figure with its evidence. ``values`` keeps the raw samples in the order they were taken."""
+
+    unit: Literal["ms", "tokens/s", "bytes"]
+    median: float
+    interval: tuple[float, float] = Field(description="95 % confidence interval of the median")
+    samples: int
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    p95_indicative: bool = Field(description="true when there are too few samples for p95 to decide")
+    values: tuple[float, ...]
+
+
+class Measurements(Model):
+    """What one child process measured of one candidate."""
+
+    metrics: dict[str, Metric]
+    warmups: dict[str, tuple[float, ...]] = Field(description="discarded leading rounds, by metric")
+    token_ms: tuple[tuple[float, ...], ...] = Field(description="time of each decoded token, per round")
+    foreign_cpu_share: tuple[float, ...] = Field(
+        description="CPU taken by other processes per round, in cores; above 0.1 the round is suspect"
+    )
+    output_tokens_ratio: float = Field(description="generated tokens / requested tokens")
+    self_consistency: float = Field(description="max |logit| difference, decode with cache vs one pass")
+    environment: dict[str, str]
+
+    @property
+    def noisy_rounds(self) -> int:
+        return sum(share > 0.1 for share in self.foreign_cpu_share)
+
+
+class PathQuality(Model):
+    """Quality of one path (prefill batch, or one-token decode with the cache) against the reference."""
+
+    tokens: int
+    perplexity: float
+    reference_perplexity: float
+    ratio: float = Field(description="reference perplexity / candidate perplexity: the share kept")
+    ratio_interval: tuple[float, float] = Field(description="95 %, Student t over paired blocks")
+    kl_divergence: float = Field(description="mean KL(reference‖candidate) in nats; a lower bound")
+    top1_agreement: float
+    by_text: dict[str, float] = Field(description="ratio per evaluation text")
+
+
+class QualityReport(Model):
+    """The judgement of one candidate's output against the fp32 reference."""
+
+    prefill: PathQuality
+    decode: PathQuality
+    worse_path: Phase
+    ratio: float = Field(description="the gated number: the smaller of the two paths' ratios")
+    greedy_same_tokens: tuple[int, ...] = Field(description="per prompt, leading tokens equal to the reference")
+    greedy_tokens: int
+    finite: bool
+    seconds: float
+
+
+TrialStatus = Literal["vetoed", "failed", "crashed", "out_of_memory", "timed_out", "incorrect", "ok"]
+
+
+class Miss(Model):
+    """One limit that a candidate does not meet, and by how much."""
+
+    limit: str
+    allowed: float
+    measured: float
+    unit: str
+    decided_by: str
+
+    def sentence(self) -> str:
+        sign = "<" if self.limit == "min_quality" else ">"
+        return f"{self.limit}: {self.measured:.4g} {sign} {self.allowed:.4g} {self.unit} ({self.decided_by})".replace(
+            "  ", " "
+        )
+
+
+class Trial(Model):
+    """One candidate's whole story."""
+
+    format_version: int = FORMAT_VERSION
+    id: str
+    engine: str
+    candidate: Candidate
+    status: TrialStatus
+    reason: str
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    quality: QualityReport | None = None
+    measurements: Measurements | None = Field(None, exclude=True)
+    samples_path: str | None = Field(None, description="raw samples, relative to the study directory")
+    exported: ExportedModel | None = None
+    log_path: str | None = None
+    mlflow_run_id: str | None = None
+    feasible: bool = False
+    misses: tuple[Miss, ...] = ()
+    reused: bool = False
+
+
+VerdictKind = Literal["champion", "nothing_feasible", "gate_failed", "dry_run"]
+
+
+class Verdict(Model):
+    """The answer, first as a word, then as sentences."""
+
+    kind: VerdictKind
+    reasons: tuple[str, ...]
+    nearest: str | None = Field(None, description="when nothing is feasible: the candidate that misses least")
+
+
+class GateResult(Model):
+    """The outcome of one Great Expectations suite over the results table."""
+
+    passed: bool
+    evaluated: int
+    failures: tuple[str, ...]
+    warnings: tuple[str, ...]
+    data_docs: str | None
+
+
+class Registration(Model):
+    """Where the study went in MLflow."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+    model_name: str | None = None
+    model_version: str | None = None
+    model_uri: str | None = None
+    note: str = ""
+
+
+class Bundle(Model):
+    """A deployable directory: manifest, engine files, tokenizer, evidence."""
+
+    path: Path
+    digest: str
+    size_bytes: int
+
+
+class Study(Model):
+    """All trials of one spec on one host, ranked, with the verdict. Stored as ``study.json``."""
+
+    format_version: int = FORMAT_VERSION
+    id: str
+    created: datetime
+    finished: datetime | None = None
+    spec: OptimizeSpec
+    checkpoint: Checkpoint
+    analysis: Analysis
+    workload: Workload | None = None
+    verdict: Verdict
+    champion: str | None = Field(None, description="trial id")
+    pareto: tuple[str, ...] = Field((), description="trial ids on the front of latency, memory and quality")
+    trials: tuple[Trial, ...]
+    gate: GateResult | None = None
+    bundle: Bundle | None = None
+    registration: Registration | None = None
+    not_measured: tuple[str, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+    output_dir: Path
+
+    @model_validator(mode="after")
+    def _champion_is_a_trial(self) -> Self:
+        if self.champion is not None and all(t.id != self.champion for t in self.trials):
+            raise ValueError(f"champion {self.champion!r} is not one of the trials")
+        return self
+
+    def trial(self, trial_id: str) -> Trial:
+        return next(t for t in self.trials if t.id == trial_id)
+
+
+class Manifest(Model):
+    """``manifest.json`` of a bundle: everything needed to open it again and to check it first."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    candidate: Candidate
+    exported: ExportedModel
+    model_type: str
+    context_tokens: int
+    checkpoint_digest: str
+    files: tuple[FileDigest, ...]
+    study_id: str
+    created: datetime
+    versions: dict[str, str]
+    evidence: dict[str, Any]
+
+
+PositiveInt = Annotated[int, Field(ge=1)]

@@ -1,0 +1,73 @@
+"""Settings say *where*: directories, addresses, ports. What to do is said by a spec.
+
+Precedence: argument > environment (``AUTOGLM_*``) > ``.env`` > defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+HOME_NAME = ".autoglm"
+
+
+def find_home() -> Path:
+    """The nearest ``.autoglm`` directory at or above the current one, else one to be made here.
+
+    Like git's: commands run anywhere inside a project find the same studies and registry.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / HOME_NAME).is_dir():
+            return folder / HOME_NAME
+    return here / HOME_NAME
+
+
+class Settings(BaseSettings):
+    """Where things are kept and where servers listen. Every field is an ``AUTOGLM_`` variable."""
+
+    model_config = SettingsConfigDict(env_prefix="AUTOGLM_", env_file=".env", extra="ignore", frozen=True)
+
+    home: Path = Field(default_factory=find_home, description="studies, exports, databases, logs")
+    tracking_uri: str = Field("", description="MLflow; SQLite inside `home` if empty")
+    prefect_port: int = Field(4200, ge=1, le=65535)
+    mlflow_port: int = Field(5000, ge=1, le=65535)
+    trial_timeout_s: float = Field(1800, gt=0, description="limit for one child process")
+    trial_reuse_hours: float = Field(24, ge=0, description="a resumed study keeps trials younger than this")
+    parallel_preparations: int = Field(2, ge=1, description="exports, loads and quality runs at a time")
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Self:
+        object.__setattr__(self, "home", self.home.expanduser().absolute())
+        return self
+
+    @property
+    def exports(self) -> Path:
+        return self.home / "exports"
+
+    @property
+    def studies(self) -> Path:
+        return self.home / "studies"
+
+    @property
+    def ledger(self) -> Path:
+        return self.home / "export-ledger.json"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return self.tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.home / "mlflow-artifacts"
+
+    @property
+    def prefect_url(self) -> str:
+        return f"http://127.0.0.1:{self.prefect_port}"
+
+    @property
+    def mlflow_url(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"

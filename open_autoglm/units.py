@@ -1,0 +1,93 @@
+"""Quantities with their units, as people write them: ``50ms``, ``0.05s``, ``2GiB``, ``512MB``.
+
+Both types are strings, so that a spec shows, logs and replays exactly what was asked for,
+and both refuse a bare number: "50" could be seconds or milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Self
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+_NUMBER_AND_UNIT = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+class _Quantity(str):
+    """A positive number with a unit; subclasses name the units and their size in the base unit."""
+
+    noun: ClassVar[str]
+    example: ClassVar[str]
+    units: ClassVar[dict[str, float]]
+
+    def __new__(cls, text: str) -> Self:
+        match = _NUMBER_AND_UNIT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a {cls.noun}: write it like {cls.example}")
+        number, unit = match.groups()
+        if unit not in cls.units:
+            known = ", ".join(cls.units)
+            problem = f"the unit {unit!r} of {text!r} is not known" if unit else f"{text!r} has no unit"
+            raise ValueError(f"{problem}: write a {cls.noun} like {cls.example} (units: {known})")
+        if float(number) <= 0:
+            raise ValueError(f"{text!r} must be greater than zero: write a {cls.noun} like {cls.example}")
+        return super().__new__(cls, f"{number}{unit}")
+
+    @property
+    def in_base_unit(self) -> float:
+        match = _NUMBER_AND_UNIT.fullmatch(self)
+        assert match is not None  # __new__ has checked it
+        return float(match[1]) * self.units[match[2]]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls, core_schema.str_schema(), serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, _schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        units = "|".join(cls.units)
+        return {"type": "string", "pattern": rf"^\s*\d+(\.\d+)?\s*({units})\s*$", "examples": [cls.example]}
+
+
+class Duration(_Quantity):
+    """A time such as ``50ms``, ``0.05s`` or ``2min``."""
+
+    noun = "duration"
+    example = "50ms"
+    units: ClassVar[dict[str, float]] = {"us": 1e-3, "ms": 1.0, "s": 1e3, "min": 60e3}
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds."""
+        return self.in_base_unit
+
+
+class ByteSize(_Quantity):
+    """A size such as ``2GiB`` (powers of 1024) or ``512MB`` (powers of 1000)."""
+
+    noun = "size"
+    example = "2GiB"
+    units: ClassVar[dict[str, float]] = {
+        "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
+        "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    }  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        """Bytes, rounded down."""
+        return int(self.in_base_unit)
+
+
+def format_bytes(count: float) -> str:
+    """``format_bytes(2**30)`` is ``'1.00 GiB'``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

@@ -81,6 +81,9 @@ class OptimizeSpec(Model):
         768, ge=64, title="Quality tokens", description="Tokens scored one at a time with the cache"
     )
     seed: int = Field(0, ge=0, title="Seed", description="Chooses prompts and evaluation windows")
+    output: str | None = Field(
+        None, title="Output directory", description="Where the study is kept; a new one under `home` if empty"
+    )
     register_as: str | None = Field(
         None,
         title="Registered model",
@@ -147,7 +150,8 @@ class ModelProfile(Model):
     attention: AttentionKind
     attention_heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int = Field(description="of queries and keys")
+    value_head_dim: int | None = Field(None, description="of values, if it differs from head_dim")
     attention_bias: bool
     qk_norm: bool
     rotary: RotaryStyle
@@ -161,10 +165,12 @@ class ModelProfile(Model):
     shared_experts: int
     dense_layers: int
     sliding_window: int | None
+    limited_layers: int = Field(0, description="layers whose queries see at most `attended_tokens` keys")
+    attended_tokens: int | None = Field(None, description="the sliding window, or the top-k of mla+dsa")
     parameters: int
     active_parameters: int
     embedding_parameters: int
-    lm_head_parameters: int
+    lm_head_parameters: int = Field(description="of the output matrix; the embedding's own number if tied")
     kv_elements_per_token: int = Field(description="cached numbers per token, over all layers")
 
     def weight_bytes(self, bits: float) -> int:
@@ -278,7 +284,11 @@ class ExportedModel(Model):
 
 
 class Workload(Model):
-    """The token ids every candidate is timed on, saved once per study. Shape int64[prompts, prompt_tokens]."""
+    """The token ids every candidate is timed on, saved once per study.
+
+    The file at `path` is a ``.npy`` of ``int64[prompts, batch, prompt_tokens]``: one batch per round, the
+    warm-ups first; every row starts elsewhere in the texts.
+    """
 
     path: Path
     sha256: str
@@ -318,7 +328,6 @@ class Measurements(Model):
         description="CPU taken by other processes per round, in cores; above 0.1 the round is suspect"
     )
     output_tokens_ratio: float = Field(description="generated tokens / requested tokens")
-    self_consistency: float = Field(description="max |logit| difference, decode with cache vs one pass")
     environment: dict[str, str]
 
     @property
@@ -346,7 +355,9 @@ class QualityReport(Model):
     decode: PathQuality
     worse_path: Phase
     ratio: float = Field(description="the gated number: the smaller of the two paths' ratios")
-    greedy_same_tokens: tuple[int, ...] = Field(description="per prompt, leading tokens equal to the reference")
+    greedy_same_tokens: tuple[int, ...] = Field(
+        description="per prompt, leading tokens equal to the reference"
+    )
     greedy_tokens: int
     finite: bool
     seconds: float
@@ -475,6 +486,7 @@ class Manifest(Model):
     model_type: str
     context_tokens: int
     checkpoint_digest: str
+    trust_remote_code: bool = False
     files: tuple[FileDigest, ...]
     study_id: str
     created: datetime

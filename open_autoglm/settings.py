@@ -37,7 +37,6 @@ class Settings(BaseSettings):
     mlflow_port: int = Field(5000, ge=1, le=65535)
     trial_timeout_s: float = Field(1800, gt=0, description="limit for one child process")
     trial_reuse_hours: float = Field(24, ge=0, description="a resumed study keeps trials younger than this")
-    parallel_preparations: int = Field(2, ge=1, description="exports, loads and quality runs at a time")
 
     @model_validator(mode="after")
     def _absolute(self) -> Self:

@@ -73,7 +73,6 @@ class ExportContext(Model):
     """Where an engine may write, and what it may know, while it exports."""
 
     output: Path = Field(description="an empty directory; it becomes the export when `export` returns")
-    cache: Path = Field(description="shared exports: use open_autoglm.export.store, never by hand")
     ledger: Path = Field(description="which export routes work for which model type and versions")
 
 

@@ -1,0 +1,1 @@
+"""Turning a checkpoint into the files an engine needs: routes, quantisers, store, preflight."""

@@ -1,0 +1,1 @@
+"""Measuring: isolated children, the device lease, workloads and statistics."""

@@ -1,0 +1,293 @@
+"""The bundle: the champion as a directory that can be copied to another machine and opened there.
+
+``manifest.json`` says what it is, the digest of every other file, and the evidence it was chosen by;
+``model/`` holds what the engine opens; ``tokenizer/`` the tokenizer, the configs and the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_autoglm import engines
+from open_autoglm.engines.contract import Session, SessionOptions
+from open_autoglm.errors import CheckpointError, UserError
+from open_autoglm.export.store import RECORD
+from open_autoglm.files import digest_files, digest_of, directory_atomic, sha256_file
+from open_autoglm.schemas import FORMAT_VERSION, Bundle, Checkpoint, FileDigest, Manifest, Study, Trial
+
+MANIFEST = "manifest.json"
+SERVED_TOKENS = 4096
+"""Room for prompt and output in a `BundleModel`, unless the model's context is shorter: a cache for the
+131,072 tokens of a GLM-4 would take more memory than its weights."""
+
+_NEEDED_BY_ALL = ("open-autoglm", "numpy", "pydantic", "safetensors", "tokenizers", "transformers")
+_RUNTIMES = {
+    "torch": "torch",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-cuda": "onnxruntime-gpu",
+    "tensorrt": "tensorrt",
+}
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_bundle(study: Study, trial: Trial, directory: Path) -> Bundle:
+    """Write ``trial``'s deployable files to ``directory``, replacing what is there, all or nothing.
+
+    The digest covers the files and the candidate, not dates or studies: the same winner has the same one.
+    Raises CheckpointError if the checkpoint is no longer the one that was measured.
+    """
+    with directory_atomic(directory) as root:
+        files = _place_files(study, trial, root)
+        manifest = _manifest(study, trial, files)
+        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    return _describe(directory, manifest)
+
+
+def _place_files(study: Study, trial: Trial, root: Path) -> tuple[FileDigest, ...]:
+    """Fill ``model/`` and ``tokenizer/`` and return the digests of all files.
+
+    An export never changes, so its files are linked; a user may change the checkpoint, so it is copied.
+    """
+    exported, checkpoint = trial.exported, study.checkpoint
+    if exported is None:
+        raise ValueError(f"trial {trial.id!r} has no exported files to bundle")
+    _copy(checkpoint, (f for f in checkpoint.files if not _is_weights(f.path)), root / "tokenizer")
+    if exported.path == checkpoint.path:
+        _copy(checkpoint, checkpoint.files, root / "model")
+    else:
+        record = shutil.ignore_patterns(RECORD)  # the store's own notes: they hold a build time
+        shutil.copytree(exported.path, root / "model", ignore=record, copy_function=_link_or_copy)
+    return digest_files(root, (file for file in root.rglob("*") if file.is_file()))
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _copy(checkpoint: Checkpoint, files: Iterable[FileDigest], target: Path) -> None:
+    for file in files:
+        original, copy = checkpoint.path / file.path, target / file.path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, copy)
+        if sha256_file(copy) != file.sha256:
+            raise CheckpointError(f"{original} has changed since it was measured: run the study again")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _manifest(study: Study, trial: Trial, files: tuple[FileDigest, ...]) -> Manifest:
+    assert trial.exported is not None  # _place_files has checked it
+    return Manifest(
+        name=study.checkpoint.name,
+        candidate=trial.candidate,
+        exported=trial.exported.model_copy(update={"path": Path("model"), "reused": False}),
+        model_type=study.checkpoint.model_type,
+        context_tokens=study.checkpoint.context_tokens,
+        checkpoint_digest=study.checkpoint.digest,
+        trust_remote_code=study.checkpoint.trust_remote_code,
+        files=files,
+        study_id=study.id,
+        created=datetime.now(UTC),
+        versions=_installed_versions(trial.engine),
+        evidence=_evidence(study, trial),
+    )
+
+
+def _evidence(study: Study, trial: Trial) -> dict[str, Any]:
+    """The figures the bundle was chosen by; the raw samples stay with the study."""
+    asked = {"batch_size", "prompt_tokens", "output_tokens", "objective"}
+    facts = {"unit", "median", "interval", "samples", "p95", "p95_indicative"}
+    return {
+        "request": study.spec.model_dump(mode="json", include=asked),
+        "hardware": study.analysis.hardware.fingerprint,
+        "verdict": list(study.verdict.reasons),
+        "metrics": {name: m.model_dump(mode="json", include=facts) for name, m in trial.metrics.items()},
+        "quality": trial.quality.model_dump(mode="json") if trial.quality else None,
+    }
+
+
+def _installed_versions(engine: str) -> dict[str, str]:
+    """Versions of Python and of what serving with ``engine`` needs; a plug-in's package brings its own."""
+    plugin = [point.dist.name for point in entry_points(group=engines.GROUP, name=engine) if point.dist]
+    versions = {"python": sys.version.split()[0]}
+    for name in (*_NEEDED_BY_ALL, *([_RUNTIMES[engine]] if engine in _RUNTIMES else plugin)):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # another distribution brings the runtime here
+            continue
+    return versions
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_bundle(directory: Path, *, verify: bool = True) -> tuple[Manifest, Bundle]:
+    """Read the manifest of ``directory`` and, if ``verify``, check every file against it.
+
+    Raises UserError naming the first file that is missing, damaged or not listed.
+    """
+    manifest = _read_manifest(directory / MANIFEST)
+    if verify:
+        _check_files(directory, manifest)
+    return manifest, _describe(directory, manifest)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_text())
+        found = content["format_version"]
+        if found != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {found}, but this open-autoglm reads {FORMAT_VERSION}: "
+                "build the bundle again, or use the version that wrote it"
+            )
+        return Manifest.model_validate(content)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: build the bundle again") from error
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    expected = {file.path: file for file in manifest.files}
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    mend = "copy or build the bundle again"
+    for name in sorted(expected.keys() - present):
+        raise UserError(f"{directory / name} is missing: {mend}")
+    for name in sorted(present - expected.keys() - {MANIFEST}):
+        raise UserError(f"{directory / name} is not listed in {MANIFEST}: remove it, or {mend}")
+    for found in digest_files(directory, (directory / name for name in expected)):
+        if found != expected[found.path]:
+            raise UserError(f"{directory / found.path} is damaged, its SHA-256 is not the listed one: {mend}")
+
+
+def _describe(directory: Path, manifest: Manifest) -> Bundle:
+    identity: set[str] = {"engine", "device", "precision", "weight_bits", "knobs"}
+    content = {
+        "candidate": manifest.candidate.model_dump(mode="json", include=identity),
+        "files": {file.path: file.sha256 for file in manifest.files},
+    }
+    return Bundle(
+        path=directory, digest=digest_of(content), size_bytes=sum(file.size_bytes for file in manifest.files)
+    )
+
+
+# ── speaking ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def generate(
+    session: Session,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    *,
+    max_tokens: int,
+) -> list[str]:
+    """Continue each prompt greedily, one after the other, until an end token or ``max_new_tokens``.
+
+    ``max_tokens`` is what ``session`` has room for. Every prompt is checked before the first is run.
+    Raises UserError for an empty prompt or one that does not fit.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: ask for at least 1")
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for number, ids in enumerate(encoded, start=1):
+        if not ids:
+            raise UserError(f"prompt {number} is empty: give it at least one token")
+        if len(ids) + max_new_tokens > max_tokens:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens and {max_new_tokens} new ones were asked for, "
+                f"but there is room for {max_tokens} together: shorten the prompt or ask for fewer"
+            )
+    answers = [_continue(session, ids, max_new_tokens, eos_ids) for ids in encoded]
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def _continue(session: Session, prompt: list[int], limit: int, eos_ids: Collection[int]) -> list[int]:
+    """The most likely next tokens, without the end token."""
+    answer: list[int] = []
+    logits = session.prefill(np.array([prompt], dtype=np.int64))
+    while (token := int(logits[0].argmax())) not in eos_ids:
+        answer.append(token)
+        if len(answer) == limit:
+            break
+        logits = session.decode(np.array([token], dtype=np.int64))
+    return answer
+
+
+class BundleModel:
+    """An opened bundle that continues prompts; safe to call from several threads, one at a time inside."""
+
+    def __init__(self, directory: Path, *, max_tokens: int = SERVED_TOKENS, verify: bool = True) -> None:
+        """Open ``directory`` with room for ``max_tokens``, prompt and output together.
+
+        Raises UserError if the bundle is damaged or its engine is not installed.
+        """
+        from transformers import AutoTokenizer
+
+        self.manifest, self.bundle = open_bundle(directory, verify=verify)
+        self.max_tokens = min(max_tokens, self.manifest.context_tokens)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            directory / "tokenizer", trust_remote_code=self.manifest.trust_remote_code
+        )
+        self._eos_ids = _end_tokens(directory / "tokenizer", self._tokenizer)
+        self._lock = threading.Lock()
+        self._session = self._open_session()
+
+    def _open_session(self) -> Session:
+        candidate = self.manifest.candidate
+        engine = engines.get(candidate.engine)
+        probe = engine.probe(candidate.device)
+        if not probe.ready:
+            mend = f"; install it with: {probe.install}" if probe.install else ""
+            raise UserError(f"{self.bundle.path} needs the engine {candidate.engine}: {probe.reason}{mend}")
+        exported = self.manifest.exported.model_copy(update={"path": self.bundle.path / "model"})
+        threads = len(os.sched_getaffinity(0))
+        options = SessionOptions(batch_size=1, max_tokens=self.max_tokens, threads=threads)
+        return engine.open(candidate, exported, options)
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """The greedy continuation of each prompt, without the prompt; see :func:`generate`."""
+        with self._lock:
+            return generate(
+                self._session,
+                self._tokenizer,
+                prompts,
+                max_new_tokens,
+                self._eos_ids,
+                max_tokens=self.max_tokens,
+            )
+
+    def close(self) -> None:
+        """Free the engine's memory. The model is not used again."""
+        with self._lock:
+            self._session.close()
+
+
+def _end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
+    """Where generation ends, by the first to say so: generation config, config, tokenizer."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])

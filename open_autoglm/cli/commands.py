@@ -1,0 +1,232 @@
+"""What the commands do; every import that costs time is here or deeper."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from open_autoglm import engines
+from open_autoglm.errors import UserError
+from open_autoglm.schemas import Analysis, Checkpoint, OptimizeSpec, Study
+from open_autoglm.settings import Settings
+
+EXIT_CODES = {"champion": 0, "dry_run": 0, "nothing_feasible": 3, "gate_failed": 3}
+
+
+def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
+    """An OptimizeSpec from command-line arguments. Raises UserError naming the flag that is wrong."""
+    batch_size, prompt_tokens = parse_shape(arguments.pop("input_shape"))
+    chosen = tuple(name.strip() for name in arguments.pop("engines", "").split(",") if name.strip())
+    for name in chosen:
+        engines.get(name)
+    output = arguments.pop("output", None)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        return OptimizeSpec(
+            batch_size=batch_size,
+            prompt_tokens=prompt_tokens,
+            engines=chosen,
+            output=str(Path(output).expanduser().absolute()) if output else None,
+            **given,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        flag = "--" + str(problem["loc"][0]).replace("_", "-")
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{flag}: {message} (got {problem['input']!r})") from None
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``"1,512"`` is one prompt of 512 tokens. Raises UserError."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"--input-shape: {text!r} is not a shape; write batch,prompt tokens, both at least 1, like 1,512"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
+    """Run the optimize flow and show its study; returns the exit code."""
+    from open_autoglm.cli.console import make_console, print_plan, print_study
+
+    settings = Settings()
+    spec = make_spec(arguments)
+    _check_first(spec, settings)
+    # With --json, stdout carries the JSON object and everything for people goes to stderr.
+    console = make_console(sys.stderr if as_json else sys.stdout)
+    if dry_run:
+        study = _plan_only(spec, settings)
+        print_plan([trial.candidate for trial in study.trials], console)
+    else:
+        study = _run_flow(spec, settings)
+        print_study(study, console, _links(settings))
+    if as_json:
+        click.echo(study.model_dump_json())
+    return EXIT_CODES[study.verdict.kind]
+
+
+def _check_first(spec: OptimizeSpec, settings: Settings) -> None:
+    """Find wrong requests before a server is started for them."""
+    from open_autoglm.planning import resolve_device
+    from open_autoglm.study import check_output
+
+    if spec.output is not None:
+        check_output(Path(spec.output))
+    _load(spec, settings)
+    if spec.target_device == "gpu":
+        resolve_device(spec.target_device, _hardware(settings))
+
+
+def _load(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
+    from open_autoglm.checkpoint import load_checkpoint
+    from open_autoglm.planning import check_workload
+
+    checkpoint = load_checkpoint(
+        spec.model_path,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+        cache=settings.home / "checkpoints",
+    )
+    check_workload(spec, checkpoint)
+    return checkpoint
+
+
+def _hardware(settings: Settings) -> Any:
+    from open_autoglm.hardware import probe_hardware
+
+    return probe_hardware(settings.home / "hardware")
+
+
+def _analyse(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis]:
+    from open_autoglm.roofline import analyze
+
+    checkpoint = _load(spec, settings)
+    return checkpoint, analyze(checkpoint, spec, _hardware(settings))
+
+
+def _plan_only(spec: OptimizeSpec, settings: Settings) -> Study:
+    """The study that would be run: analysis and candidates, nothing measured, nothing written."""
+    from datetime import UTC, datetime
+
+    from open_autoglm.planning import plan, resolve_device
+    from open_autoglm.schemas import Trial, Verdict
+
+    checkpoint, analysis = _analyse(spec, settings)
+    candidates = plan(analysis, spec, resolve_device(spec.target_device, analysis.hardware))
+    trials = tuple(
+        Trial(
+            id=candidate.id,
+            engine=candidate.engine,
+            candidate=candidate,
+            status="vetoed" if candidate.vetoed_because else "ok",
+            reason=candidate.vetoed_because or candidate.proposed_because,
+        )
+        for candidate in candidates
+    )
+    return Study(
+        id=f"{checkpoint.name}-dry-run",
+        created=datetime.now(UTC),
+        spec=spec,
+        checkpoint=checkpoint,
+        analysis=analysis,
+        verdict=Verdict(kind="dry_run", reasons=("nothing was measured: this is the plan",)),
+        trials=trials,
+        output_dir=settings.studies,
+    )
+
+
+def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
+    from open_autoglm.cli.prefect_server import use_prefect
+    from open_autoglm.measure.isolation import stop_children
+
+    use_prefect(settings)
+    _show_progress()
+
+    def interrupt(*_: object) -> None:
+        stop_children()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    from flows.optimize import optimize
+
+    study: Study = optimize(spec)
+    return study
+
+
+def _show_progress() -> None:
+    """Progress lines on stderr, with the time since the start."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    from open_autoglm.progress import LOGGER
+
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=False, log_time_format="[%X]", markup=False
+    )
+    logger = logging.getLogger(LOGGER)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _links(settings: Settings) -> dict[str, str]:
+    from open_autoglm.cli.prefect_server import is_up
+
+    servers = {"Prefect": settings.prefect_url, "MLflow": settings.mlflow_url}
+    running = {name: url for name, url in servers.items() if is_up(url)}
+    return running or {"Prefect, MLflow": "make up starts both servers on this machine"}
+
+
+def run_analyze(*, as_json: bool, **arguments: Any) -> None:
+    from open_autoglm.cli.console import make_console, print_analysis
+
+    _, analysis = _analyse(make_spec(arguments), Settings())
+    if as_json:
+        click.echo(analysis.model_dump_json())
+    else:
+        print_analysis(analysis, make_console())
+
+
+def run_engines(as_json: bool) -> None:
+    import json
+
+    from open_autoglm.cli.console import make_console, print_engines
+
+    probes = [engines.get(name).probe("cpu") for name in engines.names()]
+    if as_json:
+        click.echo(json.dumps([probe.model_dump(mode="json") for probe in probes]))
+    else:
+        print_engines(probes, make_console())
+
+
+def run_report(root: Path | None, as_json: bool) -> None:
+    from open_autoglm.cli.console import make_console, print_study
+    from open_autoglm.report import write_report
+    from open_autoglm.study import latest_study, load_study
+
+    settings = Settings()
+    study = load_study(root or latest_study(settings))
+    write_report(study, study.output_dir / "report.html")
+    if as_json:
+        click.echo(study.model_dump_json())
+    else:
+        print_study(study, make_console(), _links(settings))
+
+
+def run_demo_model(directory: Path) -> None:
+    from open_autoglm.demo_model import write_demo_model
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    path = write_demo_model(
+        directory, download_cache=Settings().home / "cache" / "demo", progress=lambda line: click.echo(line, err=True)
+    )
+    click.echo(path)

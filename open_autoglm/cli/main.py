@@ -1,0 +1,141 @@
+"""Commands and exit codes: 0 champion (or done), 2 user error, 3 nothing feasible, 1 bug, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from open_autoglm.errors import AutoGLMError, UserError
+
+EXIT_BUG, EXIT_USER_ERROR, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class _Group(click.Group):
+    """Lists commands in the order a user meets them."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version=version("open-autoglm"), prog_name="open-autoglm")
+def cli() -> None:
+    """Find the fastest way to serve a GLM, or any causal LM, on this machine, with evidence."""
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that `optimize` and `analyze` share."""
+    options = [
+        click.option("--model-path", required=True, help="Checkpoint directory, or hub id when online."),
+        click.option("--input-shape", default="1,512", show_default=True, help="Batch,prompt tokens."),
+        click.option("--output-tokens", default=64, show_default=True, help="New tokens per prompt."),
+        click.option(
+            "--target-device",
+            type=click.Choice(["auto", "cpu", "gpu"]),
+            default="auto",
+            show_default=True,
+            help="Where the model will be served.",
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."),
+        click.option("--allow-pickle", is_flag=True, help="Load .bin weights, which can run code."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_model_options
+@click.option("--max-latency", help="Limit on TTFT p95, with its unit: 50ms, 0.05s.")
+@click.option("--max-tpot", help="Limit on the time per output token: 20ms.")
+@click.option("--max-memory", help="Limit on peak memory: 2GiB, 512MB.")
+@click.option("--min-quality", type=float, default=0.99, show_default=True, help="Share of quality to keep.")
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput", "memory"]),
+    default="latency",
+    show_default=True,
+    help="What to make best within the limits.",
+)
+@click.option("--engines", default="", help="Comma-separated; see `open-autoglm engines`. Default: all.")
+@click.option("--rounds", type=int, default=10, show_default=True, help="Timed requests per candidate.")
+@click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
+@click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory of the study.")
+@click.option("--dry-run", is_flag=True, help="Analyse and plan; run nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Put the Study as JSON on the last line of stdout.")
+def optimize(**arguments: Any) -> None:
+    """Find, check and register the best configuration within the limits."""
+    from open_autoglm.cli.commands import run_optimize
+
+    sys.exit(run_optimize(**arguments))
+
+
+@cli.command()
+@_model_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def analyze(**arguments: Any) -> None:
+    """Show a model's structure and what binds it on this machine; loads no weights."""
+    from open_autoglm.cli.commands import run_analyze
+
+    run_analyze(**arguments)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array instead.")
+def engines(as_json: bool) -> None:
+    """List engines and whether they can run here."""
+    from open_autoglm.cli.commands import run_engines
+
+    run_engines(as_json)
+
+
+@cli.command()
+@click.argument("study", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the Study as one JSON object instead.")
+def report(study: Path | None, as_json: bool) -> None:
+    """Show a finished study again (the latest, if none is named) and rewrite its HTML page."""
+    from open_autoglm.cli.commands import run_report
+
+    run_report(study, as_json)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def doctor(as_json: bool) -> None:
+    """Say what works on this machine, and how to get what does not."""
+    from open_autoglm.cli.doctor import run_doctor
+
+    sys.exit(run_doctor(as_json))
+
+
+@cli.command("demo-model")
+@click.argument("directory", type=click.Path(path_type=Path))
+def demo_model(directory: Path) -> None:
+    """Write a small real GLM into DIRECTORY (135 M parameters, about 0.5 GB)."""
+    from open_autoglm.cli.commands import run_demo_model
+
+    run_demo_model(directory)
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one sentence and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USER_ERROR)
+    except AutoGLMError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command resumes where it stopped", err=True)
+        sys.exit(EXIT_INTERRUPTED)

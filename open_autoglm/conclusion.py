@@ -1,0 +1,101 @@
+"""From finished trials to a finished study: choose, gate, bundle, register, report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from open_autoglm.bundle import build_bundle
+from open_autoglm.export.routes import library_versions
+from open_autoglm.figures import latency_figure, pareto_figure, samples_figure
+from open_autoglm.files import write_atomic
+from open_autoglm.quality.gates import check_results
+from open_autoglm.report import write_report
+from open_autoglm.schemas import Analysis, Study, Trial, Verdict
+from open_autoglm.selection import choose
+from open_autoglm.study import save_study
+from open_autoglm.tracking import Tracker
+from open_autoglm.trials import Bench
+
+FIGURES = {"pareto": pareto_figure, "latency": latency_figure, "samples": samples_figure}
+
+
+def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study:
+    """Rank the trials, let the gate check the table, and name a champion if both agree on one."""
+    study, spec = bench.study, bench.spec
+    choice = choose(trials, spec)
+    gate = None
+    verdict, champion = choice.verdict, choice.champion
+    if champion is not None:
+        gate = check_results(
+            choice.trials,
+            min_quality=spec.min_quality,
+            champion_id=champion,
+            docs_dir=study.root / "data-docs",
+            rounds=spec.rounds,
+        )
+        if not gate.passed:
+            failed = tuple(f"gate: {failure}" for failure in gate.failures)
+            verdict, champion = Verdict(kind="gate_failed", reasons=failed, nearest=champion), None
+    return Study(
+        id=study.id,
+        created=study.created,
+        finished=datetime.now(UTC),
+        spec=spec,
+        checkpoint=bench.checkpoint,
+        analysis=analysis,
+        workload=bench.workload,
+        verdict=verdict,
+        champion=champion,
+        pareto=choice.pareto,
+        trials=choice.trials,
+        gate=gate,
+        not_measured=_not_measured(bench),
+        environment={**library_versions(), "python": platform.python_version()},
+        output_dir=study.root,
+    )
+
+
+def _not_measured(bench: Bench) -> tuple[str, ...]:
+    told = [
+        "Load time was taken once, while other candidates were being prepared: read it as an upper bound.",
+        "Peak RSS counts mapped files as far as they were touched, and was read in the process that was timed.",
+        "Server load (concurrent requests) and energy were not measured.",
+    ]
+    if not bench.hardware.gpus:
+        told.append(f"No GPU engine was measured: {bench.hardware.gpu_reason}.")
+    return tuple(told)
+
+
+def deliver(study: Study, tracker: Tracker, parent_run_id: str) -> Study:
+    """Bundle and register the champion, write report and figures, log everything, store the study.
+
+    Repeating it after a crash ends in the same state.
+    """
+    root = study.output_dir
+    if study.champion is not None:
+        bundle = build_bundle(study, study.trial(study.champion), root / "bundle")
+        study = study.model_copy(update={"bundle": bundle})
+        registration = tracker.register_champion(study, bundle, parent_run_id)
+        study = study.model_copy(update={"registration": registration})
+    for trial in study.trials:
+        tracker.log_trial(parent_run_id, trial, _files_of(root, trial))
+    figures = [_write_figure(root, name, study) for name in FIGURES]
+    report = write_report(study, root / "report.html")
+    data_docs = [root / "data-docs"] if (root / "data-docs").is_dir() else []
+    tracker.finish_study(parent_run_id, study, [report, *figures, *data_docs])
+    save_study(study)
+    return study
+
+
+def _files_of(root: Path, trial: Trial) -> list[Path]:
+    named = (trial.samples_path, trial.log_path)
+    return [root / name for name in named if name is not None and (root / name).exists()]
+
+
+def _write_figure(root: Path, name: str, study: Study) -> Path:
+    path = root / "figures" / f"{name}.png"
+    write_atomic(path, FIGURES[name](study))
+    return path

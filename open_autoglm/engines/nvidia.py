@@ -1,0 +1,110 @@
+"""Engines that need an NVIDIA GPU. They are probed and listed everywhere, so that a study on a machine
+without one says what was left out and why. This release measures torch on CUDA; ONNX Runtime's CUDA
+provider and TensorRT are probed, proposed and vetoed with the reason, never run on the CPU instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+
+_NOT_YET = "found, but this release of Open-AutoGLM has no runner for it yet"
+
+
+def missing_driver() -> str | None:
+    """None if the CUDA driver library can be loaded, else the reason why no GPU engine can run."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "needs an NVIDIA GPU and there is no driver here (libcuda.so.1 cannot be loaded)"
+    return None
+
+
+def probe_torch_cuda(torch_version: str) -> Probe:
+    """Whether torch can use a GPU here."""
+    reason = missing_driver()
+    if reason is not None:
+        return Probe(
+            engine="torch", stage="no_device", version=torch_version, reason=f"torch on CUDA {reason}"
+        )
+    if "+cpu" in torch_version:
+        return Probe(
+            engine="torch",
+            stage="installed",
+            version=torch_version,
+            reason=f"torch {torch_version} is the CPU build",
+            install="pip install torch==2.13.0  # from an index with CUDA builds",
+        )
+    return Probe(engine="torch", stage="ready", version=torch_version, reason="CUDA driver found")
+
+
+class _NvidiaEngine:
+    """What the GPU engines share: a probe by package and driver, and one proposed candidate."""
+
+    name: str
+    summary: str
+    package: str
+    install: str
+
+    def probe(self, device: Device) -> Probe:
+        try:
+            found = version(self.package)
+        except PackageNotFoundError:
+            found = None
+        driver = missing_driver()
+        if driver is not None:
+            return Probe(
+                engine=self.name, stage="no_device", version=found, reason=driver, install=self.install
+            )
+        if found is None:
+            reason = f"{self.package} is not installed"
+            return Probe(engine=self.name, stage="missing", reason=reason, install=self.install)
+        return Probe(
+            engine=self.name, stage="installed", version=found, reason=f"{self.package} {found} {_NOT_YET}"
+        )
+
+    def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+        return [
+            Candidate(
+                id=f"{self.name}-fp16",
+                engine=self.name,
+                device="gpu",
+                precision="fp16",
+                weight_bits=16,
+                proposed_because="half the bytes of fp32 on tensor cores",
+            )
+        ]
+
+    def recipe(self, candidate: Candidate) -> dict[str, Any] | None:
+        self._refuse()
+
+    def export(self, candidate: Candidate, checkpoint: Checkpoint, context: ExportContext) -> str:
+        self._refuse()
+
+    def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(f"{self.name}: {self.probe('gpu').reason}")
+
+
+class OnnxRuntimeCudaEngine(_NvidiaEngine):
+    """ONNX Runtime with the CUDA execution provider."""
+
+    name = "onnxruntime-cuda"
+    summary = "ONNX Runtime, CUDA provider: probed, not driven by this release"
+    package = "onnxruntime-gpu"
+    install = "pip install 'open-autoglm[gpu]'  # in an environment of its own, without onnxruntime"
+
+
+class TensorRTEngine(_NvidiaEngine):
+    """Native TensorRT."""
+
+    name = "tensorrt"
+    summary = "TensorRT: probed, not driven by this release"
+    package = "tensorrt"
+    install = "pip install tensorrt  # fetches its libraries from NVIDIA's own package index"

@@ -1,0 +1,167 @@
+"""PyTorch through transformers: the fp32 reference, and the baselines a person would tune by hand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from open_autoglm.engines.contract import ExportContext, Logits, Session, SessionOptions, Tokens
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+
+_BITS = {"fp32": 32, "bf16": 16}
+
+
+class TorchEngine:
+    """Loads the checkpoint itself; nothing is exported."""
+
+    name = "torch"
+    summary = "PyTorch eager and torch.compile: fp32 (the reference) and bf16"
+
+    def probe(self, device: Device) -> Probe:
+        found = version("torch")
+        if device == "gpu":
+            from open_autoglm.engines.nvidia import probe_torch_cuda
+
+            return probe_torch_cuda(found)
+        return Probe(engine=self.name, stage="ready", version=found, reason="CPU")
+
+    def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+        native = {"avx512_bf16", "amx_bf16"} & set(analysis.hardware.isa)
+        bf16_hope = "this CPU computes bf16 natively" if native else "this CPU has no bf16 arithmetic"
+        if device == "gpu":
+            bf16_hope = "the GPU computes bf16 natively"
+        reference = self._candidate(device, "fp32", "the reference that every other candidate is judged by")
+        eager = self._candidate(device, "bf16", f"half the bytes of fp32; {bf16_hope}")
+        compiled = self._candidate(
+            device,
+            "bf16",
+            "what a careful person tunes by hand: static cache and torch.compile",
+            compiled=True,
+        )
+        if (missing := _missing_compiler()) is not None:
+            compiled = compiled.vetoed(missing)
+        return [
+            reference.model_copy(update={"reference": True}),
+            eager,
+            compiled.model_copy(update={"baseline": True}),
+        ]
+
+    def _candidate(
+        self, device: Device, precision: Any, because: str, *, compiled: bool = False
+    ) -> Candidate:
+        suffix = "-compile" if compiled else ""
+        place = "-cuda" if device == "gpu" else ""
+        return Candidate(
+            id=f"torch{place}-{precision}{suffix}",
+            engine=self.name,
+            device=device,
+            precision=precision,
+            weight_bits=_BITS[precision],
+            knobs={"compile": compiled},
+            proposed_because=because,
+        )
+
+    def recipe(self, candidate: Candidate) -> None:
+        return None
+
+    def export(self, candidate: Candidate, checkpoint: Checkpoint, context: ExportContext) -> str:
+        raise AssertionError("torch loads the checkpoint itself")  # recipe() is None
+
+    def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
+        return TorchSession(candidate, exported, options)
+
+
+def _missing_compiler() -> str | None:
+    wanted = os.environ.get("CXX", "g++")
+    if shutil.which(wanted) or shutil.which("clang++"):
+        return None
+    return "torch.compile needs a C++ compiler and there is none: apt-get install g++"
+
+
+class TorchSession:
+    """A transformers model with a KV cache: static and compiled, or growing and eager."""
+
+    def __init__(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(options.threads)
+        self._torch = torch
+        self._device = "cuda" if candidate.device == "gpu" else "cpu"
+        self._compiled = bool(candidate.knobs["compile"])
+        self._options = options
+        model = AutoModelForCausalLM.from_pretrained(
+            exported.path,
+            dtype=torch.bfloat16 if candidate.precision == "bf16" else torch.float32,
+            trust_remote_code=bool(exported.details.get("trust_remote_code", False)),
+        )
+        self._model = model.to(self._device).eval()
+        if self._compiled:
+            # The decoder without the head, so that quality and timing run the very same kernels; one graph
+            # for the prompt's shape and one for a single token.
+            self._model.get_decoder().compile(dynamic=False)
+        self._cache: Any = None
+        self._cache_rows = 0
+        self._length = 0
+
+    def prefill(self, tokens: Tokens) -> Logits:
+        self._reset(len(tokens))
+        return self._forward(tokens, keep=1)[:, -1]
+
+    def decode(self, tokens: Tokens) -> Logits:
+        return self._forward(tokens[:, None], keep=1)[:, -1]
+
+    def full_logits(self, tokens: Tokens) -> Logits:
+        self._reset(len(tokens))
+        return self._forward(tokens, keep=0)
+
+    def _reset(self, rows: int) -> None:
+        from transformers.cache_utils import DynamicCache, StaticCache
+
+        if rows > self._options.batch_size:
+            raise ValueError(f"batch of {rows} in a session opened for {self._options.batch_size}")
+        self._length = 0
+        if not self._compiled:
+            self._cache = DynamicCache(config=self._model.config)
+        elif self._cache_rows == rows:
+            self._cache.reset()
+        else:
+            self._cache = StaticCache(config=self._model.config, max_cache_len=self._options.max_tokens)
+            self._cache_rows = rows
+
+    def _forward(self, tokens: Tokens, *, keep: int) -> Logits:
+        """Logits of the last ``keep`` positions, or of all for 0."""
+        torch = self._torch
+        length = self._length + tokens.shape[1]
+        if length > self._options.max_tokens:
+            raise ValueError(f"the cache holds {self._options.max_tokens} tokens, {length} were asked for")
+        positions = torch.arange(self._length, length, device=self._device)
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device),
+                position_ids=positions[None].expand(len(tokens), -1),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+            logits: Logits = output.logits.float().cpu().numpy()
+        self._length = length
+        return logits
+
+    def facts(self) -> dict[str, str]:
+        return {
+            "torch": self._torch.__version__,
+            "device": self._device,
+            "threads": str(self._options.threads),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "kv_cache": "static" if self._compiled else "growing",
+            "attention": str(self._model.config._attn_implementation),
+        }
+
+    def close(self) -> None:
+        self._cache = None
+        del self._model

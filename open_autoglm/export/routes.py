@@ -1,0 +1,119 @@
+"""From a checkpoint to ONNX files, by the first route that preflight finds right."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+from open_autoglm.engines.contract import ExportContext
+from open_autoglm.export import genai_route, transformers_route
+from open_autoglm.export.graph import write_full_logits_variant
+from open_autoglm.export.ledger import Ledger
+from open_autoglm.export.preflight import check_route, decoder_facts, small_config, traits
+from open_autoglm.export.quantize import dynamic_int8
+from open_autoglm.export.recipe import OnnxRecipe
+from open_autoglm.schemas import Checkpoint
+
+
+class Route(Protocol):
+    """One way to write a decoder as ONNX; the modules of this package that end in ``_route``."""
+
+    @property
+    def NAME(self) -> str: ...  # noqa: N802
+    @property
+    def KV_CACHE(self) -> str: ...  # noqa: N802
+
+    def supports(self, model_type: str) -> str | None: ...
+    def installed(self) -> str | None: ...
+    def export(self, checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Path) -> None: ...
+
+
+ROUTES: tuple[Route, ...] = (genai_route, transformers_route)
+"""In order of preference."""
+
+
+class NoRoute(RuntimeError):
+    """No export route is right for the model; the message says why for each."""
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """The libraries that decide what an export contains; part of every cache and ledger key."""
+    found = {}
+    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportContext) -> str:
+    """Write LAST, FULL, their data and the decoder facts into ``context.output``; return the route's name.
+
+    Raises NoRoute, or what the route raises.
+    """
+    with tempfile.TemporaryDirectory(dir=context.output.parent) as scratch:
+        route = choose_route(checkpoint, context.ledger, Path(scratch))
+        work = Path(scratch) / "export"
+        work.mkdir()
+        route.export(checkpoint, recipe, context.output, work)
+    if recipe.dynamic_int8:
+        dynamic_int8(context.output)
+    write_full_logits_variant(context.output)
+    _write_facts(checkpoint, route, context.output)
+    _remove_extras(context.output)
+    return route.NAME
+
+
+def choose_route(checkpoint: Checkpoint, ledger_path: Path, scratch: Path) -> Route:
+    """The first route that works for this model, by the ledger or else by a preflight entered into it."""
+    ledger = Ledger(ledger_path)
+    reasons = []
+    with ledger.locked():
+        for route in ROUTES:
+            problem = route.supports(checkpoint.model_type) or route.installed()
+            problem = problem or _preflight(route, checkpoint, ledger, scratch)
+            if problem is None:
+                return route
+            reasons.append(f"{route.NAME}: {problem}")
+    raise NoRoute("no export route is right for this model; " + "; ".join(reasons))
+
+
+def _preflight(route: Route, checkpoint: Checkpoint, ledger: Ledger, scratch: Path) -> str | None:
+    """None if the route is right, else why not."""
+    config = small_config(checkpoint)
+    key = (checkpoint.model_type, route.NAME, traits(config), library_versions())
+    known = ledger.get(*key)
+    if known is not None and known.outcome == "begun":
+        # Whoever began it held the ledger's lock, which we hold now: it died on the way.
+        known = ledger.put(*key, "fails", "the export of a two-layer copy ended the process")
+    if known is None:
+        ledger.put(*key, "begun", "preflight running")
+        directory = scratch / f"preflight-{route.NAME}"
+        directory.mkdir()
+        try:
+            check_route(route, checkpoint, config, directory)
+        # Third-party exporters raise anything at all; the ledger keeps what it was.
+        except Exception as error:  # noqa: BLE001
+            known = ledger.put(*key, "fails", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        else:
+            known = ledger.put(*key, "works", "equals torch in prefill and decode on a two-layer copy")
+    return None if known.outcome == "works" else known.reason
+
+
+def _write_facts(checkpoint: Checkpoint, route: Route, output: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
+    decoder_facts(config, route.KV_CACHE).write(output)
+
+
+def _remove_extras(output: Path) -> None:
+    """Routes leave tokenizers and configs of other runtimes behind; the bundle brings its own."""
+    for file in output.iterdir():
+        if not file.name.startswith(("model", "decoder")):
+            file.unlink()

@@ -1,0 +1,170 @@
+"""The content-addressed store of exports: what was made once from the same inputs is not made again.
+
+The key holds the checkpoint's digest, the engine, its recipe and the versions of the libraries that
+write the files. An entry whose files no longer match their digests is rebuilt, and the trial says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_autoglm import engines
+from open_autoglm.engines.contract import ExportContext
+from open_autoglm.errors import UserError
+from open_autoglm.files import digest_files, digest_of, directory_atomic, file_lock, write_atomic
+from open_autoglm.measure.isolation import Failure, run_isolated
+from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, FileDigest, Model, ModelProfile
+from open_autoglm.settings import Settings
+from open_autoglm.units import format_bytes
+
+RECORD = "export.json"
+
+
+class ExportRecord(Model):
+    """What lies beside the files of one export."""
+
+    key: str
+    route: str
+    build_s: float
+    files: tuple[FileDigest, ...]
+
+
+class ExportJob(Model):
+    """Payload of the export child."""
+
+    candidate: Candidate
+    checkpoint: Checkpoint
+    context: ExportContext
+
+
+class ExportDone(Model):
+    """Answer of the export child."""
+
+    route: str
+
+
+class _ExportFailed(Exception):
+    """Leaves the atomic directory, so that nothing half-written stays."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+def export_candidate(
+    candidate: Candidate, checkpoint: Checkpoint, settings: Settings, log: Path
+) -> ExportedModel | Failure:
+    """The export of ``candidate``, from the store or made now in a child process."""
+    recipe = engines.get(candidate.engine).recipe(candidate)
+    if recipe is None:
+        return ExportedModel(
+            candidate_id=candidate.id,
+            path=checkpoint.path,
+            digest=checkpoint.digest,
+            route="checkpoint as it is",
+            size_bytes=checkpoint.weight_bytes,
+            build_s=0.0,
+            reused=True,
+            details={"trust_remote_code": checkpoint.trust_remote_code},
+        )
+    key = digest_of([checkpoint.digest, candidate.engine, recipe])
+    directory = settings.exports / key[:32]
+    with file_lock(settings.exports / f"{key[:32]}.lock"):
+        problem = check_stored(directory)
+        if problem is None:
+            return _describe(candidate, directory, reused=True)
+        try:
+            _build(candidate, checkpoint, settings, directory, key, log)
+        except _ExportFailed as stopped:
+            return stopped.failure
+        exported = _describe(candidate, directory, reused=False)
+    if problem:
+        exported = exported.model_copy(update={"details": {"rebuilt_because": problem}})
+    return exported
+
+
+def check_disk(candidates: Sequence[Candidate], profile: ModelProfile, directory: Path) -> None:
+    """Raise UserError if the exports of ``candidates`` cannot fit on the disk of ``directory``.
+
+    Counted are the quantised weights, the fp32 embedding, and one fp32 copy while quantising.
+    """
+    exporting = [c for c in candidates if c.vetoed_because is None and engines.get(c.engine).recipe(c)]
+    if not exporting:
+        return
+    embedding = 4 * profile.embedding_parameters
+    needed = sum(profile.weight_bytes(c.weight_bits) + embedding for c in exporting) + profile.weight_bytes(32)
+    nearest = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise UserError(
+            f"the exports need {format_bytes(needed)} and {nearest} has {format_bytes(free)} free: free some "
+            "space, set AUTOGLM_HOME to another disk, or name fewer --engines"
+        )
+
+
+def check_stored(directory: Path) -> str | None:
+    """None if a sound export lies in ``directory``, '' if there is none, else what is wrong with it."""
+    if not (directory / RECORD).exists():
+        return ""
+    record = ExportRecord.model_validate_json((directory / RECORD).read_bytes())
+    for file in record.files:
+        if not (directory / file.path).exists():
+            return f"{file.path} was missing from the stored export"
+    found = digest_files(directory, [directory / file.path for file in record.files])
+    for expected, actual in zip(record.files, found, strict=True):
+        if expected != actual:
+            return f"{expected.path} of the stored export did not match its digest"
+    return None
+
+
+def _build(
+    candidate: Candidate, checkpoint: Checkpoint, settings: Settings, directory: Path, key: str, log: Path
+) -> None:
+    started = time.monotonic()
+    with directory_atomic(directory) as output:
+        job = ExportJob(
+            candidate=candidate,
+            checkpoint=checkpoint,
+            context=ExportContext(output=output, ledger=settings.ledger),
+        )
+        done = run_isolated(
+            "open_autoglm.export.store:export_job",
+            job,
+            ExportDone,
+            log=log,
+            timeout_s=settings.trial_timeout_s,
+        )
+        if isinstance(done, Failure):
+            raise _ExportFailed(done)
+        record = ExportRecord(
+            key=key,
+            route=done.route,
+            build_s=time.monotonic() - started,
+            files=digest_files(output, [file for file in output.rglob("*") if file.is_file()]),
+        )
+        write_atomic(output / RECORD, record.model_dump_json(indent=2))
+
+
+def export_job(job: ExportJob) -> ExportDone:
+    """Runs in the child."""
+    from open_autoglm.measure.lease import device_lease
+
+    engine = engines.get(job.candidate.engine)
+    with device_lease("cpu", alone=False):
+        return ExportDone(route=engine.export(job.candidate, job.checkpoint, job.context))
+
+
+def _describe(candidate: Candidate, directory: Path, *, reused: bool) -> ExportedModel:
+    record = ExportRecord.model_validate_json((directory / RECORD).read_bytes())
+    return ExportedModel(
+        candidate_id=candidate.id,
+        path=directory,
+        digest=digest_of([file.model_dump() for file in record.files]),
+        route=record.route,
+        size_bytes=sum(file.size_bytes for file in record.files),
+        build_s=record.build_s,
+        reused=reused,
+    )

@@ -1,0 +1,141 @@
+"""Which candidates are worth measuring: what engines propose, less what cannot work here, with reasons.
+
+A veto is only for what is certain before the first run. Measuring a hopeless candidate costs a
+minute; vetoing a good one costs the study its champion.
+"""
+
+from __future__ import annotations
+
+from open_autoglm import engines
+from open_autoglm.engines.contract import Engine
+from open_autoglm.errors import AutoGLMError, UserError
+from open_autoglm.roofline import bound, capacity_bytes
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    Hardware,
+    OptimizeSpec,
+    Phase,
+    TargetDevice,
+)
+from open_autoglm.units import Duration, format_bytes
+
+RUNTIME_BYTES = 64 * 2**20
+"""Memory of a process before its first weight: 50 MB for Python with ONNX Runtime, more for torch."""
+
+PEAK_MARGIN = 2.0
+"""How much faster than measured this host may be. On a shared host the same read loop ran at 50 and at
+85 GB/s within a minute, so a bound is trusted to decide only with this factor to spare."""
+
+
+def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
+    """Raise UserError if prompt and output together are longer than the model's context."""
+    needed = spec.prompt_tokens + spec.output_tokens
+    if needed > checkpoint.context_tokens:
+        raise UserError(
+            f"a prompt of {spec.prompt_tokens} tokens and {spec.output_tokens} new ones make {needed}, but "
+            f"{checkpoint.name} has a context of {checkpoint.context_tokens}: ask for shorter ones "
+            "(--input-shape, --output-tokens)"
+        )
+
+
+def resolve_device(target_device: TargetDevice, hardware: Hardware) -> Device:
+    """The device that ``auto`` means here. Raises UserError if a GPU is asked for and there is none."""
+    if target_device == "auto":
+        return "gpu" if hardware.gpus else "cpu"
+    if target_device == "gpu" and not hardware.gpus:
+        raise UserError(f"the target device gpu is not here: {hardware.gpu_reason}; choose cpu or auto")
+    return target_device
+
+
+def plan(analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+    """All candidates of the engines asked for, the reference first, each vetoed or worth measuring.
+
+    Raises UserError if an engine of ``spec.engines`` does not exist.
+    """
+    chosen = dict.fromkeys(spec.engines or engines.names())
+    candidates = [c for name in chosen for c in _proposals(engines.get(name), analysis, spec, device)]
+    _refuse_twins(candidates)
+    return sorted(candidates, key=lambda candidate: not candidate.reference)
+
+
+def _proposals(engine: Engine, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+    """One engine's candidates; they are listed even where it cannot run, so that nobody wonders."""
+    probe = engine.probe(device)
+    proposed = engine.propose(analysis, spec, device)
+    if not probe.ready:
+        how = f"; mend it with: {probe.install}" if probe.install else ""
+        return [candidate.vetoed(probe.reason + how) for candidate in proposed]
+    return [_judged(candidate, analysis, spec) for candidate in proposed]
+
+
+def _judged(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> Candidate:
+    if candidate.vetoed_because is not None:
+        return candidate
+    reason = _memory_veto(candidate, analysis, spec)
+    if reason is None and not candidate.reference:  # the yardstick is measured, whatever the limits
+        reason = _limit_veto(candidate, analysis, spec)
+    return candidate if reason is None else candidate.vetoed(reason)
+
+
+def _refuse_twins(candidates: list[Candidate]) -> None:
+    """Ids name directories and MLflow runs, so two engines must not use the same one."""
+    owners: dict[str, str] = {}
+    for candidate in candidates:
+        owner = owners.setdefault(candidate.id, candidate.engine)
+        if owner != candidate.engine:
+            raise AutoGLMError(f"engines {owner} and {candidate.engine} both propose {candidate.id!r}")
+
+
+# ── vetoes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _memory_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> str | None:
+    needed = _least_memory(candidate, analysis, spec)
+    available = _available_memory(analysis.hardware, candidate.device)
+    if needed <= available:
+        return None
+    needs = f"weights, KV cache and runtime need at least {format_bytes(needed)}"
+    return f"does not fit in memory: {needs}, and {format_bytes(available)} are available"
+
+
+def _limit_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> str | None:
+    if candidate.device == "gpu":  # the limit is on the host's memory, and the peaks are the CPU's
+        return None
+    needed = _least_memory(candidate, analysis, spec)
+    if spec.max_memory is not None and needed > spec.max_memory.bytes:
+        needs = f"weights, KV cache and runtime need at least {format_bytes(needed)}"
+        return f"cannot meet max_memory {spec.max_memory}: {needs}"
+    return _time_veto(candidate, analysis, spec, "prefill", spec.max_latency) or _time_veto(
+        candidate, analysis, spec, "decode", spec.max_tpot
+    )
+
+
+def _time_veto(
+    candidate: Candidate, analysis: Analysis, spec: OptimizeSpec, phase: Phase, limit: Duration | None
+) -> str | None:
+    if limit is None:
+        return None
+    precision, bits = candidate.precision, candidate.weight_bits
+    measured = bound(analysis.profile, analysis.hardware, spec, phase, precision, bits)
+    least_ms = measured.bound_ms / PEAK_MARGIN
+    if least_ms <= limit.ms:
+        return None
+    name, figure = ("max_latency", "TTFT") if phase == "prefill" else ("max_tpot", "TPOT")
+    return (
+        f"cannot meet {name} {limit}: even at {PEAK_MARGIN:g} times the measured peaks of this host the "
+        f"roofline leaves a {figure} of {least_ms:.3g} ms"
+    )
+
+
+def _least_memory(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> float:
+    """Bytes that no runtime can do without."""
+    return capacity_bytes(analysis.profile, spec, candidate.weight_bits) + RUNTIME_BYTES
+
+
+def _available_memory(hardware: Hardware, device: Device) -> int:
+    """Bytes of the largest GPU, or of the host, whose memory some GPUs share."""
+    largest = max((gpu.memory_bytes for gpu in hardware.gpus), default=0)
+    return largest if device == "gpu" and largest else hardware.available_memory_bytes

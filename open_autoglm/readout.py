@@ -1,0 +1,324 @@
+"""A study in words: the sentences and figures that the page, the plots and the terminal share.
+
+Every figure is shown with its unit. A comparison carries an interval, and where the interval
+holds 1 the words are "no clear difference".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from open_autoglm.schemas import Metric, Miss, Study, Trial
+from open_autoglm.selection import GOALS, excess
+from open_autoglm.tracking import mlflow_link
+
+FOREIGN_CPU_LIMIT = 0.1
+"""Cores taken by other processes above which a round is suspect."""
+
+
+class Shown(NamedTuple):
+    """How a metric is named, and which direction is better."""
+
+    short: str
+    long: str
+    unit: str
+    lower_is_better: bool = True
+
+
+METRICS: dict[str, Shown] = {
+    "ttft_ms": Shown("TTFT", "Time to first token", "ms"),
+    "tpot_ms": Shown("TPOT", "Time per output token", "ms"),
+    "tokens_per_s": Shown("Decode", "Decode speed", "tokens/s", lower_is_better=False),
+    "e2e_ms": Shown("To last token", "Time to last token", "ms"),
+    "throughput_tokens_per_s": Shown(
+        "Throughput", "Throughput with prefill", "tokens/s", lower_is_better=False
+    ),
+    "peak_rss_bytes": Shown("Peak RSS", "Peak resident memory", "bytes"),
+    "load_ms": Shown("Load", "Load time", "ms"),
+}
+
+STATUS_WORDS = {
+    "ok": "measured",
+    "vetoed": "vetoed",
+    "failed": "failed",
+    "crashed": "crashed",
+    "out_of_memory": "out of memory",
+    "timed_out": "timed out",
+    "incorrect": "incorrect",
+}
+
+LIMIT_WORDS = {
+    "max_latency": "TTFT",
+    "max_tpot": "TPOT",
+    "max_memory": "peak memory",
+    "min_quality": "quality kept",
+}
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def number(value: float) -> str:
+    """Three significant digits, never with an exponent: 1245.3 is '1,245' and 0.01234 is '0.0123'."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure with its unit. Memory is in MiB up to 10 GiB, so that engines compare at a glance."""
+    if unit == "bytes":
+        return f"{number(value / 2**30)} GiB" if value >= 10 * 2**30 else f"{number(value / 2**20)} MiB"
+    return f"{number(value)} {unit}".rstrip()
+
+
+def scaled(value: float, unit: str) -> str:
+    """A large figure with a prefix: ``scaled(1.9e11, 'FLOP/s')`` is '190 GFLOP/s'."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if abs(value) >= size:
+            return f"{number(value / size)} {prefix}{unit}"
+    return f"{number(value)} {unit}"
+
+
+def interval(metric: Metric) -> str:
+    """The 95 % interval of the median with its unit; one sample has none."""
+    if metric.samples < 2:
+        return "one sample"
+    low, high = (quantity(end, metric.unit) for end in metric.interval)
+    return f"{low.rsplit(' ', 1)[0]}–{high}"
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    return f"{share * 100:.{decimals}f} %"
+
+
+def percent_interval(ends: tuple[float, float]) -> str:
+    return f"{ends[0] * 100:.1f}–{percent(ends[1])}"
+
+
+class Ratio(NamedTuple):
+    """How many times better (above 1) or worse a median is than the baseline's, with a 95 % interval."""
+
+    factor: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        return not self.low <= 1 <= self.high
+
+
+def compare(name: str, trial: Trial, baseline: Trial) -> Ratio | None:
+    """``trial`` against ``baseline`` in one metric; None where either lacks it.
+
+    The interval joins those of both medians on the log scale (MOVER: Zou & Donner, *Statistics in
+    Medicine* 27, 2008), which needs no normality and no resampling.
+    """
+    if name not in trial.metrics or name not in baseline.metrics:
+        return None
+    ours, theirs = _logs(trial.metrics[name]), _logs(baseline.metrics[name])
+    if METRICS[name].lower_is_better:
+        ours, theirs = theirs, ours
+    (low, middle, high), (other_low, other_middle, other_high) = ours, theirs
+    gain = middle - other_middle
+    down = math.hypot(middle - low, other_high - other_middle)
+    up = math.hypot(high - middle, other_middle - other_low)
+    return Ratio(math.exp(gain), math.exp(gain - down), math.exp(gain + up))
+
+
+def _logs(metric: Metric) -> tuple[float, float, float]:
+    low, high = metric.interval
+    return math.log(low), math.log(metric.median), math.log(high)
+
+
+def ratio_words(name: str, ratio: Ratio) -> str:
+    """'3.58× faster', '1.10× more' or 'no clear difference'."""
+    if not ratio.clear:
+        return "no clear difference"
+    better, worse = ("less", "more") if METRICS[name].unit == "bytes" else ("faster", "slower")
+    return f"{ratio.factor:.2f}× {better}" if ratio.factor > 1 else f"{1 / ratio.factor:.2f}× {worse}"
+
+
+def ratio_interval(ratio: Ratio) -> str:
+    """The interval in the direction that `ratio_words` tells."""
+    low, high = (ratio.low, ratio.high) if ratio.factor >= 1 else (1 / ratio.high, 1 / ratio.low)
+    return f"{low:.2f}–{high:.2f}×"
+
+
+# ── trials ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def measured(study: Study) -> list[Trial]:
+    """The trials whose figures may be compared: they finished and were correct."""
+    return [trial for trial in study.trials if trial.status == "ok" and trial.metrics]
+
+
+def champion(study: Study) -> Trial | None:
+    return study.trial(study.champion) if study.champion else None
+
+
+def baseline(study: Study) -> Trial | None:
+    """The hand-tuned baseline, if it was measured."""
+    return next((trial for trial in measured(study) if trial.candidate.baseline), None)
+
+
+def role(study: Study, trial: Trial) -> str:
+    if trial.id == study.champion:
+        return "champion"
+    if trial.candidate.baseline:
+        return "baseline"
+    return "reference" if trial.candidate.reference else ""
+
+
+def standing(study: Study, trial: Trial) -> str:
+    """A trial's place in the study, in a few words: 'misses quality', '1.50× slower', 'crashed'."""
+    if trial.status != "ok":
+        return STATUS_WORDS[trial.status]
+    if trial.id == study.champion:
+        return "champion"
+    if trial.misses:
+        limits = (miss.limit.removeprefix("max_").removeprefix("min_") for miss in trial.misses)
+        return f"misses {', '.join(limits)}"
+    best, metric = champion(study), GOALS[study.spec.objective].metric
+    if best is None:
+        return "best, not registered" if trial.id == study.verdict.nearest else "not ranked"
+    ratio = compare(metric, trial, best)
+    return ratio_words(metric, ratio) if ratio else "not ranked"
+
+
+def miss_words(miss: Miss) -> str:
+    """'peak memory 341 MiB, limit 200 MiB, 70.7 % beyond'."""
+    if miss.limit == "min_quality":
+        found, allowed = percent(miss.measured), percent(miss.allowed)
+    else:
+        found, allowed = quantity(miss.measured, miss.unit), quantity(miss.allowed, miss.unit)
+    name = LIMIT_WORDS.get(miss.limit, miss.limit)
+    return f"{name} {found}, limit {allowed}, {percent(excess(miss))} beyond"
+
+
+def why(trial: Trial) -> list[str]:
+    """Why a trial is where it is: each limit it misses, or its reason."""
+    return [miss_words(miss) for miss in trial.misses] or [trial.reason]
+
+
+# ── the study ────────────────────────────────────────────────────────────────────────────────────
+
+
+def reasons(study: Study) -> list[str]:
+    """Why the answer is what it is; if nothing is feasible, by how much the nearest misses each limit."""
+    if study.verdict.kind != "nothing_feasible" or study.verdict.nearest is None:
+        return list(study.verdict.reasons)
+    nearest = study.trial(study.verdict.nearest)
+    misses = [f"{miss_words(miss)} ({miss.decided_by})" for miss in nearest.misses]
+    return [f"nearest is {nearest.id}", *misses]
+
+
+def headline(study: Study) -> str:
+    """The answer in one line."""
+    kind = study.verdict.kind
+    if kind == "champion":
+        return f"Champion: {study.champion}"
+    if kind == "gate_failed":
+        return f"Not registered: the gate refused the results; best was {study.verdict.nearest}"
+    if kind == "dry_run":
+        return "Plan only: nothing was measured"
+    return "No candidate meets every limit"
+
+
+def workload_words(study: Study) -> str:
+    spec = study.spec
+    prompts = "prompt" if spec.batch_size == 1 else "prompts"
+    return f"{spec.batch_size} {prompts} of {spec.prompt_tokens} tokens in, {spec.output_tokens} tokens out"
+
+
+def limit_words(study: Study) -> list[str]:
+    """Every limit of the spec, as it was asked for."""
+    spec = study.spec
+    limits = [("TTFT p95", spec.max_latency), ("TPOT", spec.max_tpot), ("peak memory", spec.max_memory)]
+    quality = f"quality kept ≥ {percent(spec.min_quality)}"
+    return [*(f"{name} ≤ {limit}" for name, limit in limits if limit), quality]
+
+
+def how_to_load(study: Study) -> list[str]:
+    """Python that loads the champion from the registry and lets it speak; empty if it is not registered."""
+    registration = study.registration
+    if registration is None or registration.model_name is None:
+        return []
+    return [
+        "import mlflow",
+        f'mlflow.set_tracking_uri("{without_password(registration.tracking_uri)}")',
+        f'model = mlflow.pyfunc.load_model("models:/{registration.model_name}@champion")',
+        'print(model.predict(["The capital of France is"]))',
+    ]
+
+
+def how_to_serve(study: Study) -> list[str]:
+    """Shell lines that serve the champion with MLflow; empty if it is not registered."""
+    registration = study.registration
+    if registration is None or registration.model_name is None:
+        return []
+    return [
+        f"export MLFLOW_TRACKING_URI={shlex.quote(without_password(registration.tracking_uri))}",
+        f"mlflow models serve -m models:/{registration.model_name}@champion --env-manager local -p 5001",
+    ]
+
+
+def study_link(study: Study) -> str | None:
+    """The address of the study's MLflow run; None if MLflow keeps it in a database without a server."""
+    registration = study.registration
+    if registration is None:
+        return None
+    return mlflow_link(
+        without_password(registration.tracking_uri), registration.experiment_id, registration.run_id
+    )
+
+
+def without_password(uri: str) -> str:
+    """``uri`` without the user and password before its host: reports are passed on."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
+def caveats(study: Study) -> list[str]:
+    """What was not measured, or too weakly to decide: the study's own list and what its figures show."""
+    trials = measured(study)
+    return [*study.not_measured, *_weak_figures(trials), *_disturbances(trials), *_gaps(study)]
+
+
+def _weak_figures(trials: Sequence[Trial]) -> Iterator[str]:
+    latencies = [t.metrics[name] for t in trials for name in ("ttft_ms", "tpot_ms") if name in t.metrics]
+    if weak := [metric.samples for metric in latencies if metric.p95_indicative]:
+        fewest, most = min(weak), max(weak)
+        count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        yield f"No p95 marked indicative decides: {count} samples are too few for a percentile."
+    single = {name for trial in trials for name, metric in trial.metrics.items() if metric.samples == 1}
+    if names := [shown.short for name, shown in METRICS.items() if name in single]:
+        yield f"{' and '.join(names)} were sampled once per engine, so they have no interval."
+
+
+def _disturbances(trials: Sequence[Trial]) -> Iterator[str]:
+    for trial in trials:
+        if trial.measurements is None:
+            continue
+        if noisy := trial.measurements.noisy_rounds:
+            rounds = len(trial.measurements.foreign_cpu_share)
+            others = f"other processes took more than {FOREIGN_CPU_LIMIT} cores"
+            yield f"{trial.id} was disturbed: {others} in {noisy} of {rounds} rounds."
+        if (produced := trial.measurements.output_tokens_ratio) < 1:
+            yield f"{trial.id} gave only {percent(produced)} of the tokens asked for."
+
+
+def _gaps(study: Study) -> Iterator[str]:
+    if measured(study) and baseline(study) is None:
+        yield "The hand-tuned baseline has no result, so nothing is compared with it."
+    for trial in measured(study):
+        if trial.quality is None:
+            yield f"The quality of {trial.id} was not judged."
+    if reused := [trial.id for trial in study.trials if trial.reused]:
+        yield f"Taken from an earlier run of this study, not measured anew: {', '.join(reused)}."
+    if vetoed := [trial.id for trial in study.trials if trial.status == "vetoed"]:
+        yield f"Vetoed before the start, for the reasons given above: {', '.join(vetoed)}."

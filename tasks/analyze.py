@@ -1,0 +1,32 @@
+"""Structure, bottleneck, and the candidates worth trying."""
+
+from __future__ import annotations
+
+from prefect import task
+
+from open_autoglm.export.store import check_disk
+from open_autoglm.planning import plan, resolve_device
+from open_autoglm.progress import announce
+from open_autoglm.roofline import analyze
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Hardware, OptimizeSpec
+from open_autoglm.settings import Settings
+
+
+@task
+def analyse(checkpoint: Checkpoint, spec: OptimizeSpec, hardware: Hardware) -> Analysis:
+    """Read the structure without loading weights and say what binds each phase."""
+    analysis = analyze(checkpoint, spec, hardware)
+    for phase in ("prefill", "decode"):
+        bound = analysis.bound(phase, "fp32")
+        announce(f"analyze: {phase} is bound by {bound.binds}, {bound.bound_ms:.0f} ms in fp32")
+    return analysis
+
+
+@task
+def propose(analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
+    """Every engine's candidates, each with why it was proposed or vetoed."""
+    candidates = plan(analysis, spec, resolve_device(spec.target_device, analysis.hardware))
+    check_disk(candidates, analysis.profile, Settings().exports)
+    vetoed = sum(candidate.vetoed_because is not None for candidate in candidates)
+    announce(f"plan: {len(candidates) - vetoed} candidates to try, {vetoed} vetoed")
+    return candidates

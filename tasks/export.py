@@ -1,0 +1,20 @@
+"""Make or reuse the files a candidate needs. Runs in parallel; shares the device with other preparation."""
+
+from __future__ import annotations
+
+from prefect import task
+
+from open_autoglm.schemas import Candidate, Checkpoint, Trial
+from open_autoglm.settings import Settings
+from open_autoglm.study import StudyRef
+from open_autoglm.trials import begin_trial, export_trial
+from tasks.progress import unit_done
+
+
+@task(task_run_name="export-{candidate.id}")
+def export(candidate: Candidate, study: StudyRef, checkpoint: Checkpoint) -> Trial:
+    """Begin the candidate's trial, or take up the one that was kept, and export."""
+    settings = Settings()
+    trial = export_trial(study, checkpoint, begin_trial(study, candidate, settings), settings)
+    unit_done(study)
+    return trial

@@ -1,0 +1,50 @@
+"""Record the study in MLflow, register its champion, and show the result in Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect import task
+
+from open_autoglm.conclusion import conclude, deliver
+from open_autoglm.progress import announce
+from open_autoglm.schemas import Analysis, OptimizeSpec, Study, Trial
+from open_autoglm.settings import Settings
+from open_autoglm.study import StudyRef
+from open_autoglm.tracking import Tracker, registered_name
+from open_autoglm.trials import Bench
+from tasks.artifacts import publish
+from tasks.progress import unit_done
+
+
+def tracker() -> Tracker:
+    """MLflow where the settings say it is."""
+    settings = Settings()
+    return Tracker(settings.mlflow_uri, settings.mlflow_artifacts)
+
+
+@task(retries=2, retry_delay_seconds=[1, 5])
+def begin_record(study: StudyRef, spec: OptimizeSpec, checkpoint_name: str) -> str:
+    """The study's MLflow run, found again if the study is resumed."""
+    return tracker().start_study(spec, study.id, registered_name(spec, checkpoint_name))
+
+
+@task(retries=2, retry_delay_seconds=[1, 5])
+def register(bench: Bench, analysis: Analysis, trials: list[Trial], mlflow_run_id: str) -> Study:
+    """Choose, gate, bundle, register, report. Idempotent, so a retry does no harm."""
+    study = deliver(conclude(bench, analysis, trials), tracker(), mlflow_run_id)
+    publish(study)
+    unit_done(bench.study)
+    announce(f"verdict: {study.verdict.kind} {study.champion or ''}".rstrip())
+    return study
+
+
+@contextmanager
+def recorded(mlflow_run_id: str) -> Iterator[str]:
+    """Close the study's MLflow runs if the flow cannot go on; otherwise `register` closes them."""
+    try:
+        yield mlflow_run_id
+    except BaseException as error:
+        tracker().mark_failed(mlflow_run_id, f"{type(error).__name__}: {error}")
+        raise

@@ -1,0 +1,73 @@
+"""Fixtures every room's tests may ask for, and an environment that talks to no network and no server."""
+
+# ruff: noqa: E402 - the environment is set before transformers, mlflow and prefect read it, once, on import
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    DO_NOT_TRACK="true",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+)
+for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import build_checkpoint
+
+from open_autoglm.settings import HOME_NAME, Settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings whose home is this test's own."""
+    return Settings(home=tmp_path / "home")
+
+
+@pytest.fixture(scope="session")
+def tiny_glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer GLM checkpoint. Shared: copy it before changing it."""
+    return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-glm", "glm")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama checkpoint. Shared: copy it before changing it."""
+    return build_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def prefect_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A temporary Prefect server and result store; 10 to 16 s, so only flow tests ask for it."""
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_LOCAL_STORAGE_PATH,
+        temporary_settings,
+    )
+    from prefect.testing.utilities import prefect_test_harness
+
+    results = tmp_path_factory.mktemp("prefect-results")
+    with (
+        temporary_settings({PREFECT_LOCAL_STORAGE_PATH: results}),
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The real 135 M demo GLM, written once into ``.autoglm/cache/demo`` and kept between runs."""
+    from open_autoglm.demo_model import write_demo_model
+
+    home = Path(os.environ.get("AUTOGLM_HOME", REPOSITORY / HOME_NAME))
+    cache = home / "cache" / "demo"
+    return write_demo_model(cache / "demo-glm", download_cache=cache, progress=lambda _: None)

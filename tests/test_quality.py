@@ -1,0 +1,352 @@
+"""The reference and the scores, on a model whose every logit is known: a table indexed by the last token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import VOCAB_SIZE, build_tokenizer
+from numpy.typing import NDArray
+
+from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.engines.contract import Logits, Session, Tokens
+from open_autoglm.errors import CheckpointError, UserError
+from open_autoglm.files import sha256_file
+from open_autoglm.quality.metrics import ratio_interval, score
+from open_autoglm.quality.reference import (
+    EvaluationSet,
+    Layout,
+    Reference,
+    compute_reference,
+    log_probs_of,
+    make_evaluation_set,
+    plan_layout,
+)
+from open_autoglm.quality.texts import TEXTS
+from open_autoglm.schemas import OptimizeSpec, QualityReport
+
+VOCAB = 900
+LAYOUT = Layout(
+    windows=3, window_tokens=130, decode_windows=2, prompt_tokens=60, decode_tokens=64, greedy_tokens=8
+)
+
+
+@dataclasses.dataclass
+class TableSession:
+    """A bigram model: the next token's logits depend on the last token only, by ``table[last]``.
+
+    It keeps the contract strictly: it counts its cache, and refuses what does not fit.
+    """
+
+    table: Logits
+    decode_table: Logits | None = None
+    batch_size: int = 1
+    max_tokens: int = LAYOUT.window_tokens
+    cached: tuple[int, int] = (0, 0)
+
+    def prefill(self, tokens: Tokens) -> Logits:
+        self._require_room(*tokens.shape)
+        self.cached = (tokens.shape[0], tokens.shape[1])
+        return self.table[tokens[:, -1]]
+
+    def decode(self, tokens: Tokens) -> Logits:
+        rows, length = self.cached
+        assert tokens.shape == (rows,)
+        self._require_room(rows, length + 1)
+        self.cached = (rows, length + 1)
+        return (self.table if self.decode_table is None else self.decode_table)[tokens]
+
+    def full_logits(self, tokens: Tokens) -> Logits:
+        self._require_room(*tokens.shape)
+        return self.table[tokens]
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None: ...
+
+    def _require_room(self, rows: int, length: int) -> None:
+        if rows > self.batch_size or length > self.max_tokens:
+            raise ValueError(f"no room for {rows} rows of {length} tokens")
+
+
+@pytest.fixture(scope="module")
+def table() -> Logits:
+    return np.random.default_rng(1).normal(0, 2, (VOCAB, VOCAB)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens(table: Logits) -> Tokens:
+    """Text that the table model wrote itself, so that every other model is worse at it."""
+    generator = np.random.default_rng(2)
+    tokens = generator.integers(0, VOCAB, (len(TEXTS), LAYOUT.windows, LAYOUT.window_tokens))
+    for position in range(1, LAYOUT.window_tokens):
+        logits = table[tokens[:, :, position - 1]]
+        # The largest of logits + Gumbel noise is a draw from their softmax.
+        tokens[:, :, position] = (logits + generator.gumbel(size=logits.shape)).argmax(axis=-1)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def evaluation_set(tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> EvaluationSet:
+    path = tmp_path_factory.mktemp("quality") / "windows.npy"
+    np.save(path, tokens)
+    return EvaluationSet(
+        path=path, sha256=sha256_file(path), texts=TEXTS, layout=LAYOUT, vocab_size=VOCAB, seed=0
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(table: Logits, evaluation_set: EvaluationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quality") / "reference.npz"
+    compute_reference(TableSession(table), evaluation_set, path)
+    return path
+
+
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    log_probs: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return log_probs
+
+
+def prefill_pairs(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    return tokens[:, :, :-1], tokens[:, :, 1:]
+
+
+def decode_pairs(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    first, last = LAYOUT.prompt_tokens, LAYOUT.prompt_tokens + LAYOUT.decode_tokens
+    windows = tokens[:, : LAYOUT.decode_windows]
+    return windows[:, :, first:last], windows[:, :, first + 1 : last + 1]
+
+
+def perplexity(table: Logits, pairs: tuple[Tokens, Tokens]) -> float:
+    return math.exp(-log_softmax(table)[pairs].mean())
+
+
+def test_the_fake_is_a_session(table: Logits) -> None:
+    """The table model offers every method of the session contract."""
+    assert isinstance(TableSession(table), Session)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_an_identical_candidate_keeps_everything(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path, batch_size: int
+) -> None:
+    """The reference judged against itself: ratio 1, KL 0, full agreement, at any batch size."""
+    report = score(TableSession(table, batch_size=batch_size), evaluation_set, reference, batch_size)
+    for path in (report.prefill, report.decode):
+        assert path.ratio == 1.0
+        assert path.ratio_interval == (1.0, 1.0)
+        assert path.kl_divergence == 0.0
+        assert path.top1_agreement == 1.0
+        assert path.by_text == {"fiction": 1.0, "technical": 1.0}
+    assert report.ratio == 1.0
+    assert report.finite
+    assert report.greedy_same_tokens == (LAYOUT.greedy_tokens,) * len(TEXTS)
+
+
+def test_every_promised_token_is_scored(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """Prefill scores every position with a successor; decode scores `decode_tokens` per decode window."""
+    report = score(TableSession(table), evaluation_set, reference)
+    assert report.prefill.tokens == len(TEXTS) * LAYOUT.windows * (LAYOUT.window_tokens - 1)
+    assert report.decode.tokens == len(TEXTS) * LAYOUT.decode_windows * LAYOUT.decode_tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_perplexities_are_those_computed_by_hand(
+    table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path, batch_size: int
+) -> None:
+    """A candidate with noisy logits gets, on each path, the perplexity the definition gives."""
+    noise = np.random.default_rng(3).normal(0, 1, table.shape)
+    noisy = (table + noise).astype(np.float32)
+    report = score(TableSession(noisy, batch_size=batch_size), evaluation_set, reference, batch_size)
+    for path, pairs in ((report.prefill, prefill_pairs(tokens)), (report.decode, decode_pairs(tokens))):
+        ours, theirs = perplexity(noisy, pairs), perplexity(table, pairs)
+        assert path.perplexity == pytest.approx(ours, rel=1e-5)
+        assert path.reference_perplexity == pytest.approx(theirs, rel=1e-5)
+        assert path.ratio == pytest.approx(theirs / ours, rel=1e-5)
+        assert path.ratio_interval[0] < path.ratio < path.ratio_interval[1]
+        agree = (noisy.argmax(axis=-1) == table.argmax(axis=-1))[pairs[0]].mean()
+        assert path.top1_agreement == pytest.approx(agree)
+        for index, kind in enumerate(TEXTS):
+            there = (pairs[0][index], pairs[1][index])
+            expected = perplexity(table, there) / perplexity(noisy, there)
+            assert path.by_text[kind] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_candidate_that_knows_nothing_has_the_vocabulary_as_perplexity(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """Equal logits for all tokens give a perplexity of exactly the vocabulary size."""
+    report = score(TableSession(np.zeros_like(table)), evaluation_set, reference)
+    assert report.prefill.perplexity == pytest.approx(VOCAB)
+    assert report.decode.perplexity == pytest.approx(VOCAB)
+
+
+def test_kl_is_a_tight_lower_bound(
+    table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """KL over 256 tokens and one bin never exceeds the exact KL, and is most of it."""
+    other = (table + np.random.default_rng(4).normal(0, 0.5, table.shape)).astype(np.float32)
+    p, q = log_softmax(table), log_softmax(other)
+    exact = (np.exp(p) * (p - q)).sum(axis=-1)[tokens[:, :, :-1]].mean()
+    measured = score(TableSession(other), evaluation_set, reference).prefill.kl_divergence
+    assert 0.8 * exact < measured <= exact
+
+
+def test_kl_is_exact_when_the_kept_tokens_are_the_vocabulary(tmp_path: Path) -> None:
+    """With a vocabulary of no more than 256 tokens nothing is merged, so the bound is the divergence."""
+    generator = np.random.default_rng(5)
+    table, other = generator.normal(0, 2, (2, 200, 200)).astype(np.float32)
+    tokens = generator.integers(0, 200, (len(TEXTS), LAYOUT.windows, LAYOUT.window_tokens))
+    np.save(tmp_path / "windows.npy", tokens)
+    small = EvaluationSet(
+        path=tmp_path / "windows.npy",
+        sha256=sha256_file(tmp_path / "windows.npy"),
+        texts=TEXTS,
+        layout=LAYOUT,
+        vocab_size=200,
+        seed=0,
+    )
+    compute_reference(TableSession(table), small, tmp_path / "reference.npz")
+    p, q = log_softmax(table), log_softmax(other)
+    exact = (np.exp(p) * (p - q)).sum(axis=-1)[tokens[:, :, :-1]].mean()
+    measured = score(TableSession(other), small, tmp_path / "reference.npz").prefill.kl_divergence
+    assert measured == pytest.approx(exact, rel=1e-4)
+
+
+def test_the_worse_path_gates(
+    table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """A candidate whose decode kernels are wrong is judged by them, however good its prefill is."""
+    wrong = np.roll(table, 1, axis=1)
+    report = score(TableSession(table, decode_table=wrong), evaluation_set, reference)
+    pairs = decode_pairs(tokens)
+    assert report.prefill.ratio == 1.0
+    assert report.worse_path == "decode"
+    assert report.ratio == pytest.approx(perplexity(table, pairs) / perplexity(wrong, pairs), rel=1e-5)
+    # Only the first greedy token comes from prefill.
+    assert set(report.greedy_same_tokens) == {1}
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("path", ["prefill", "decode"])
+def test_non_finite_logits_are_reported_not_raised(
+    table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path, path: str, poison: float
+) -> None:
+    """One NaN or infinity on either path: not finite, ratio 0, and a report that survives JSON."""
+    sick = table.copy()
+    sick[tokens[0, 0, LAYOUT.prompt_tokens + 3], 7] = poison
+    session = TableSession(sick) if path == "prefill" else TableSession(table, decode_table=sick)
+    report = score(session, evaluation_set, reference)
+    assert not report.finite
+    assert report.ratio == 0.0
+    assert report.decode.tokens == 0
+    assert QualityReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_absurd_logits_stay_within_json(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """Finite logits so wrong that the perplexity overflows still give a report of finite numbers."""
+    report = score(TableSession(-1e4 * table), evaluation_set, reference)
+    assert report.finite
+    assert report.ratio == 0.0
+    assert math.isfinite(report.prefill.perplexity)
+    assert QualityReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_logits_of_a_wrong_shape_are_refused(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """A session that returns fewer logits than the contract says is an error, not a score."""
+    with pytest.raises(ValueError, match=r"shape \(1, 130, 100\), expected \(1, 130, 900\)"):
+        score(TableSession(table[:, :100]), evaluation_set, reference)
+
+
+def test_a_sick_reference_is_the_checkpoints_fault(
+    table: Logits, evaluation_set: EvaluationSet, tmp_path: Path
+) -> None:
+    """NaN in the fp32 logits is reported as damaged weights, and no reference file is left."""
+    with pytest.raises(CheckpointError, match="weights hold NaN or infinity"):
+        compute_reference(TableSession(np.full_like(table, math.nan)), evaluation_set, tmp_path / "r.npz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_of_another_evaluation_set_is_refused(
+    evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """Scores are never taken against the predictions for other tokens."""
+    other = evaluation_set.model_copy(update={"sha256": "f" * 64})
+    with pytest.raises(ValueError, match="belongs to another evaluation set"):
+        Reference.load(reference, other)
+    with pytest.raises(ValueError, match="has changed"):
+        other.load()
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Over 400 draws of correlated differences, the 95 % interval holds the truth about 95 % of the time."""
+    generator = np.random.default_rng(6)
+    kernel = np.ones(4) / 4  # neighbouring tokens correlate, blocks hardly
+    held = 0
+    for _ in range(400):
+        noise = generator.normal(-0.01, 0.3, (8, 259))
+        kept = np.stack([np.convolve(row, kernel, mode="valid") for row in noise])
+        low, high = ratio_interval(kept)
+        held += low <= math.exp(-0.01) <= high
+    assert 0.91 < held / 400 < 0.98
+
+
+def test_log_probs_do_not_overflow() -> None:
+    """Large logits give the same log-probabilities as shifted ones."""
+    logits = np.array([[1000.0, 1001.0, 998.0]], dtype=np.float32)
+    ids = np.array([[0, 1, 2]])
+    expected = log_softmax(np.array([[0.0, 1.0, -2.0]], dtype=np.float32))
+    assert log_probs_of(logits, ids) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("context", [64, 100, 512, 131072])
+@pytest.mark.parametrize("quality_tokens", [64, 768, 5000])
+@pytest.mark.parametrize("prompt_tokens", [1, 512, 1500, 100_000])
+def test_every_layout_fits(context: int, quality_tokens: int, prompt_tokens: int) -> None:
+    """Whatever is asked for, decode scores at least that many tokens, inside the window and the context."""
+    spec = OptimizeSpec(model_path="m", quality_tokens=quality_tokens, prompt_tokens=prompt_tokens)
+    layout = plan_layout(context, spec)
+    assert layout.window_tokens <= min(context, 2048)
+    assert layout.prompt_tokens >= 32
+    assert 2 <= layout.decode_windows <= layout.windows
+    assert len(TEXTS) * layout.decode_windows * layout.decode_tokens >= quality_tokens
+    assert layout.decode_positions.stop < layout.window_tokens
+    assert layout.prompt_tokens + layout.greedy_tokens <= layout.window_tokens
+
+
+def test_the_default_layout() -> None:
+    """By default 4 windows of 512 tokens per text, of which two are decoded for 192 tokens."""
+    assert plan_layout(8192, OptimizeSpec(model_path="m")) == Layout(
+        windows=4, window_tokens=512, decode_windows=2, prompt_tokens=256, decode_tokens=192, greedy_tokens=32
+    )
+
+
+def test_a_tiny_context_is_refused() -> None:
+    """A context too short to judge quality in is a user error with the number."""
+    with pytest.raises(UserError, match="context of 63 tokens is too short"):
+        plan_layout(63, OptimizeSpec(model_path="m"))
+
+
+def test_the_evaluation_set_is_real_text_of_both_kinds(tiny_glm: Path, tmp_path: Path) -> None:
+    """Made from a checkpoint's own tokenizer, it holds readable windows, the same for the same spec."""
+    checkpoint = load_checkpoint(str(tiny_glm))
+    spec = OptimizeSpec(model_path="m")
+    made, again = (make_evaluation_set(checkpoint, spec, tmp_path / name) for name in ("a.npy", "b.npy"))
+    assert made.sha256 == again.sha256
+    assert made.load().shape == (2, 4, 512)
+    assert made.load().max() < VOCAB_SIZE
+    fiction, technical = (build_tokenizer().decode(rows.reshape(-1)) for rows in made.load())
+    assert "Anne" in fiction
+    assert "Python" in technical
+    assert EvaluationSet.model_validate_json(made.model_dump_json()) == made

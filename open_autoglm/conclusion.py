@@ -61,7 +61,7 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
 def _not_measured(bench: Bench) -> tuple[str, ...]:
     told = [
         "Load time was taken once, while other candidates were being prepared: read it as an upper bound.",
-        "Peak RSS counts mapped files as far as they were touched, and was read in the process that was timed.",
+        "Peak RSS counts mapped files as far as they were touched; it was read in the timed process.",
         "Server load (concurrent requests) and energy were not measured.",
     ]
     if not bench.hardware.gpus:
@@ -79,7 +79,9 @@ def deliver(study: Study, tracker: Tracker, parent_run_id: str) -> Study:
         bundle = build_bundle(study, study.trial(study.champion), root / "bundle")
         study = study.model_copy(update={"bundle": bundle})
         registration = tracker.register_champion(study, bundle, parent_run_id)
-        study = study.model_copy(update={"registration": registration})
+    else:
+        registration = tracker.location(parent_run_id)
+    study = study.model_copy(update={"registration": registration})
     for trial in study.trials:
         tracker.log_trial(parent_run_id, trial, _files_of(root, trial))
     figures = [_write_figure(root, name, study) for name in FIGURES]

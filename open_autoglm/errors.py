@@ -1,10 +1,9 @@
 """The error tree.
 
     AutoGLMError
-    ├── UserError         the request cannot be met as written: one sentence, exit code 2
-    │   ├── CheckpointError   the checkpoint is missing, damaged or not acceptable
-    │   └── StudyError        the output directory cannot be used
-    └── MissingDependency  an optional library is absent or too old; carries the install command
+    └── UserError             the request cannot be met as written: one sentence, exit code 2
+        ├── CheckpointError   the checkpoint is missing, damaged or not acceptable
+        └── StudyError        the output directory cannot be used
 
 What a *runtime* does wrong is never one of these: it becomes a trial's ``status`` and ``reason``.
 Anything else that is raised is a bug of ours (exit code 1, with its traceback).
@@ -27,12 +26,3 @@ class CheckpointError(UserError):
 
 class StudyError(UserError):
     """The output directory cannot be used for this study."""
-
-
-class MissingDependency(AutoGLMError):
-    """An optional library is absent or too old."""
-
-    def __init__(self, library: str, problem: str, install: str) -> None:
-        super().__init__(f"{library} {problem}; install it with: {install}")
-        self.library = library
-        self.install = install

@@ -20,7 +20,7 @@ from open_autoglm.schemas import (
     Phase,
     TargetDevice,
 )
-from open_autoglm.units import Duration, format_bytes
+from open_autoglm.units import Duration, quantity
 
 RUNTIME_BYTES = 64 * 2**20
 """Memory of a process before its first weight: 50 MB for Python with ONNX Runtime, more for torch."""
@@ -97,8 +97,8 @@ def _memory_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -
     available = _available_memory(analysis.hardware, candidate.device)
     if needed <= available:
         return None
-    needs = f"weights, KV cache and runtime need at least {format_bytes(needed)}"
-    return f"does not fit in memory: {needs}, and {format_bytes(available)} are available"
+    needs = f"weights, KV cache and runtime need at least {quantity(needed, 'bytes')}"
+    return f"does not fit in memory: {needs}, and {quantity(available, 'bytes')} are available"
 
 
 def _limit_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> str | None:
@@ -106,7 +106,7 @@ def _limit_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) ->
         return None
     needed = _least_memory(candidate, analysis, spec)
     if spec.max_memory is not None and needed > spec.max_memory.bytes:
-        needs = f"weights, KV cache and runtime need at least {format_bytes(needed)}"
+        needs = f"weights, KV cache and runtime need at least {quantity(needed, 'bytes')}"
         return f"cannot meet max_memory {spec.max_memory}: {needs}"
     return _time_veto(candidate, analysis, spec, "prefill", spec.max_latency) or _time_veto(
         candidate, analysis, spec, "decode", spec.max_tpot

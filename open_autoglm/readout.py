@@ -7,7 +7,6 @@ holds 1 the words are "no clear difference".
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,6 +14,8 @@ from typing import NamedTuple
 from open_autoglm.schemas import Metric, Miss, Study, Trial
 from open_autoglm.selection import GOALS, excess
 from open_autoglm.tracking import mlflow_link
+from open_autoglm.units import number as number
+from open_autoglm.units import quantity as quantity
 
 FOREIGN_CPU_LIMIT = 0.1
 """Cores taken by other processes above which a round is suspect."""
@@ -60,21 +61,6 @@ LIMIT_WORDS = {
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def number(value: float) -> str:
-    """Three significant digits, never with an exponent: 1245.3 is '1,245' and 0.01234 is '0.0123'."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def quantity(value: float, unit: str) -> str:
-    """A figure with its unit. Memory is in MiB up to 10 GiB, so that engines compare at a glance."""
-    if unit == "bytes":
-        return f"{number(value / 2**30)} GiB" if value >= 10 * 2**30 else f"{number(value / 2**20)} MiB"
-    return f"{number(value)} {unit}".rstrip()
 
 
 def scaled(value: float, unit: str) -> str:
@@ -251,7 +237,7 @@ def how_to_load(study: Study) -> list[str]:
         return []
     return [
         "import mlflow",
-        f'mlflow.set_tracking_uri("{without_password(registration.tracking_uri)}")',
+        f'mlflow.set_tracking_uri("{registration.tracking_uri}")',
         f'model = mlflow.pyfunc.load_model("models:/{registration.model_name}@champion")',
         'print(model.predict(["The capital of France is"]))',
     ]
@@ -263,7 +249,7 @@ def how_to_serve(study: Study) -> list[str]:
     if registration is None or registration.model_name is None:
         return []
     return [
-        f"export MLFLOW_TRACKING_URI={shlex.quote(without_password(registration.tracking_uri))}",
+        f"export MLFLOW_TRACKING_URI={shlex.quote(registration.tracking_uri)}",
         f"mlflow models serve -m models:/{registration.model_name}@champion --env-manager local -p 5001",
     ]
 
@@ -273,14 +259,7 @@ def study_link(study: Study) -> str | None:
     registration = study.registration
     if registration is None:
         return None
-    return mlflow_link(
-        without_password(registration.tracking_uri), registration.experiment_id, registration.run_id
-    )
-
-
-def without_password(uri: str) -> str:
-    """``uri`` without the user and password before its host: reports are passed on."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    return mlflow_link(registration.tracking_uri, registration.experiment_id, registration.run_id)
 
 
 def caveats(study: Study) -> list[str]:

@@ -6,13 +6,14 @@ Large things (weights, raw samples, logits) travel as a path and a digest, never
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from open_autoglm.units import ByteSize, Duration
+from open_autoglm.units import ByteSize, Duration, quantity
 
 FORMAT_VERSION = 1
 """Raised when a stored model changes in a way that an older reader would misunderstand."""
@@ -53,7 +54,7 @@ class OptimizeSpec(Model):
     objective: Objective = Field(
         "latency",
         title="Objective",
-        description="latency: time to the last token; throughput: decoded tokens per second; memory: peak RSS",
+        description="latency: time to the last token; throughput: decoded tokens/s; memory: peak RSS",
     )
     max_latency: Duration | None = Field(
         None, title="Limit on TTFT p95", description="Time to first token, with its unit: 50ms, 0.05s"
@@ -376,10 +377,9 @@ class Miss(Model):
     decided_by: str
 
     def sentence(self) -> str:
-        sign = "<" if self.limit == "min_quality" else ">"
-        return f"{self.limit}: {self.measured:.4g} {sign} {self.allowed:.4g} {self.unit} ({self.decided_by})".replace(
-            "  ", " "
-        )
+        beyond = "<" if self.limit == "min_quality" else ">"
+        measured, allowed = quantity(self.measured, self.unit), quantity(self.allowed, self.unit)
+        return f"{self.limit}: {measured} {beyond} {allowed} ({self.decided_by})"
 
 
 class Trial(Model):
@@ -424,10 +424,15 @@ class GateResult(Model):
     data_docs: str | None
 
 
-class Registration(Model):
-    """Where the study went in MLflow."""
+def without_password(text: str) -> str:
+    """``text`` without user and password in the addresses it holds: studies and reports are passed on."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
-    tracking_uri: str
+
+class Registration(Model):
+    """Where the study went in MLflow; the address is kept without its password."""
+
+    tracking_uri: Annotated[str, AfterValidator(without_password)]
     experiment_id: str
     run_id: str
     model_name: str | None = None

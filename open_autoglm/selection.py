@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from open_autoglm.schemas import Metric, Miss, Objective, OptimizeSpec, Trial, Verdict
-from open_autoglm.units import format_bytes
+from open_autoglm.units import quantity
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,6 @@ def pareto_front(trials: Sequence[Trial]) -> tuple[str, ...]:
     return tuple(trial.id for trial in trials if not dominated(trial))
 
 
-def describe(value: float, metric: str) -> str:
-    """A figure with its unit, as people read it."""
-    if metric.endswith("_bytes"):
-        return format_bytes(value)
-    if metric.endswith("_ms"):
-        return f"{value:,.0f} ms"
-    return f"{value:.1f} tokens/s"
-
-
 def _explain(trial: Trial, champion: Trial, goal: Goal) -> Trial:
     if not trial.feasible:
         return trial
@@ -155,7 +146,7 @@ def _explain(trial: Trial, champion: Trial, goal: Goal) -> Trial:
     ratio = best.median / ours.median if goal.larger_is_better else ours.median / best.median
     worse = "less" if goal.larger_is_better else "more"
     reason = (
-        f"meets every limit, but {goal.phrase} is {describe(ours.median, goal.metric)}, {ratio:.2f}× {worse} "
+        f"meets every limit, but {goal.phrase} is {quantity(ours.median, ours.unit)}, {ratio:.2f}× {worse} "
         "than the champion's"
     )
     if _overlap(ours, best):
@@ -172,8 +163,8 @@ def _why(
 ) -> tuple[str, ...]:
     assert champion.quality is not None
     metric = champion.metrics[goal.metric]
-    low, high = (describe(bound, goal.metric) for bound in metric.interval)
-    figure = describe(metric.median, goal.metric)
+    low, high = (quantity(bound, metric.unit) for bound in metric.interval)
+    figure = quantity(metric.median, metric.unit)
     reasons = [
         f"best {goal.phrase} of {len(others) + 1} candidates that meet every limit: median {figure}, "
         f"95 % interval {low} to {high}, {metric.samples} samples",
@@ -185,7 +176,7 @@ def _why(
         reasons.append(_against(champion, baseline))
     if spec.max_latency is not None:
         value, decided_by = _latency_figure(champion.metrics["ttft_ms"])
-        reasons.append(f"TTFT {value:,.0f} ms is within {spec.max_latency} ({decided_by})")
+        reasons.append(f"TTFT {quantity(value, 'ms')} is within {spec.max_latency} ({decided_by})")
     if others and _overlap(metric, others[0].metrics[goal.metric]):
         reasons.append(f"{others[0].id} is so close that these samples do not tell the two apart")
     return tuple(reasons)

@@ -6,10 +6,12 @@ Precedence: argument > environment (``AUTOGLM_*``) > ``.env`` > defaults.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from open_autoglm.errors import UserError
 
 HOME_NAME = ".autoglm"
 
@@ -37,6 +39,16 @@ class Settings(BaseSettings):
     mlflow_port: int = Field(5000, ge=1, le=65535)
     trial_timeout_s: float = Field(1800, gt=0, description="limit for one child process")
     trial_reuse_hours: float = Field(24, ge=0, description="a resumed study keeps trials younger than this")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            variable = f"AUTOGLM_{str(problem['loc'][0]).upper()}"
+            raise UserError(f"{variable}: {problem['msg']} (got {problem['input']!r})") from None
 
     @model_validator(mode="after")
     def _absolute(self) -> Self:

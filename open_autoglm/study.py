@@ -174,10 +174,14 @@ def load_trial(study: StudyRef, trial_id: str, max_age_hours: float) -> Trial | 
     if not path.exists() or time.time() - path.stat().st_mtime > max_age_hours * 3600:
         return None
     trial = Trial.model_validate_json(path.read_bytes())
-    if trial.samples_path is not None:
-        samples = Measurements.model_validate_json((study.root / trial.samples_path).read_bytes())
-        trial = trial.model_copy(update={"measurements": samples})
-    return trial.model_copy(update={"reused": True})
+    return _with_samples(study.root, trial).model_copy(update={"reused": True})
+
+
+def _with_samples(root: Path, trial: Trial) -> Trial:
+    if trial.samples_path is None:
+        return trial
+    samples = Measurements.model_validate_json((root / trial.samples_path).read_bytes())
+    return trial.model_copy(update={"measurements": samples})
 
 
 def save_study(study: Study) -> Path:
@@ -195,9 +199,11 @@ def load_study(root: Path) -> Study:
             f"there is no finished study at {root}: {RESULT} is missing; run open-autoglm optimize"
         )
     try:
-        return Study.model_validate_json(path.read_bytes())
-    except ValueError as error:
+        study = Study.model_validate_json(path.read_bytes())
+        trials = tuple(_with_samples(path.parent, trial) for trial in study.trials)
+    except (ValueError, OSError) as error:
         raise StudyError(f"{path} is not a study this version can read: {error}") from error
+    return study.model_copy(update={"trials": trials, "output_dir": path.parent.absolute()})
 
 
 def latest_study(settings: Settings) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Bundle, Manifest, OptimizeSpec, Registration, Study, Trial
+from open_autoglm.schemas import Bundle, Manifest, OptimizeSpec, Registration, Study, Trial, without_password
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 _STUDY, _TRIAL, _DIGEST = "autoglm.study_id", "autoglm.trial_key", "autoglm.bundle_digest"
@@ -38,11 +38,6 @@ _LONGEST_TAG = 5000
 def registered_name(spec: OptimizeSpec, checkpoint_name: str) -> str:
     """The name in the registry: the one asked for, or the checkpoint's with only characters MLflow allows."""
     return spec.register_as or re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint_name)
-
-
-def without_password(text: str) -> str:
-    """``text`` without user and password in the addresses it holds: studies and reports are passed on."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None) -> str | None:
@@ -190,6 +185,11 @@ class Tracker:
 
     # ── registry ─────────────────────────────────────────────────────────────────────────────────
 
+    def location(self, run_id: str) -> Registration:
+        """Where a run can be found, with nothing registered."""
+        experiment_id = str(self._client.get_run(run_id).info.experiment_id)
+        return Registration(tracking_uri=self.uri, experiment_id=experiment_id, run_id=run_id)
+
     def register_champion(self, study: Study, bundle: Bundle, parent_run_id: str) -> Registration:
         """Make ``bundle`` the ``champion`` of its registered model; the one before becomes ``previous``.
 
@@ -207,7 +207,7 @@ class Tracker:
             version = self._create_version(name, model, parent_run_id, _version_tags(study, bundle))
         self._promote(name, version)
         return Registration(
-            tracking_uri=without_password(self.uri),
+            tracking_uri=self.uri,
             experiment_id=experiment_id,
             run_id=parent_run_id,
             model_name=name,

@@ -12,8 +12,8 @@ from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.export.routes import library_versions
 from open_autoglm.export.store import export_candidate
 from open_autoglm.files import digest_of, file_lock
-from open_autoglm.measure.isolation import Failure, run_isolated
-from open_autoglm.measure.jobs import MeasureJob, ReferenceDone, ReferenceJob, ScoreJob
+from open_autoglm.measure.isolation import Answer, Failure, run_isolated
+from open_autoglm.measure.jobs import MeasureJob, OpenJob, ReferenceDone, ReferenceJob, ScoreJob
 from open_autoglm.progress import announce
 from open_autoglm.quality.reference import EvaluationSet
 from open_autoglm.schemas import (
@@ -31,6 +31,7 @@ from open_autoglm.schemas import (
 )
 from open_autoglm.settings import Settings
 from open_autoglm.study import StudyRef, load_trial, save_trial
+from open_autoglm.units import quantity
 
 _MEMORY_SHARE = 0.9
 """A child may take this share of the memory that is free when it starts."""
@@ -110,23 +111,12 @@ def measure_trial(bench: Bench, trial: Trial, settings: Settings) -> Trial:
         options=bench.options(),
         workload=bench.workload,
     )
-    measured = run_isolated(
-        "open_autoglm.measure.jobs:measure",
-        job,
-        Measurements,
-        log=log,
-        timeout_s=settings.trial_timeout_s,
-        environment=child_environment(settings, bench.hardware.cores),
-        memory_limit_bytes=_memory_limit(trial.candidate),
-    )
+    measured = _run("measure", job, Measurements, bench, log, settings)
     if isinstance(measured, Failure):
         return _failed(bench.study, trial, "benchmark", measured, log)
     metrics = measured.metrics
-    announce(
-        f"{trial.id}: TTFT {metrics['ttft_ms'].median:.0f} ms, "
-        f"{metrics['tokens_per_s'].median:.1f} tokens/s, "
-        f"{metrics['peak_rss_bytes'].median / 2**20:.0f} MiB"
-    )
+    told = {name: quantity(metric.median, metric.unit) for name, metric in metrics.items()}
+    announce(f"{trial.id}: TTFT {told['ttft_ms']}, {told['tokens_per_s']}, {told['peak_rss_bytes']}")
     update = {"measurements": measured, "metrics": metrics, "reason": "timed, quality not judged yet"}
     return save_trial(bench.study, trial.model_copy(update=update))
 
@@ -145,15 +135,7 @@ def score_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings:
         evaluation_set=bench.evaluation_set,
         reference=reference,
     )
-    report = run_isolated(
-        "open_autoglm.measure.jobs:score_candidate",
-        job,
-        QualityReport,
-        log=log,
-        timeout_s=settings.trial_timeout_s,
-        environment=child_environment(settings, bench.hardware.cores),
-        memory_limit_bytes=_memory_limit(trial.candidate),
-    )
+    report = _run("score_candidate", job, QualityReport, bench, log, settings)
     if isinstance(report, Failure):
         return _failed(bench.study, trial, "quality", report, log)
     if not report.finite:
@@ -165,7 +147,7 @@ def score_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings:
 
 
 def prepare_reference(bench: Bench, analysis: Analysis, settings: Settings) -> Path | Failure:
-    """The reference's predictions for the evaluation set: computed once per checkpoint and set, then reused."""
+    """The reference's predictions: computed once per checkpoint and evaluation set, then reused."""
     candidate = reference_candidate(analysis, bench.spec)
     key = digest_of([bench.checkpoint.digest, bench.evaluation_set.sha256, library_versions()])
     path = settings.home / "references" / f"{key[:32]}.npz"
@@ -184,15 +166,8 @@ def prepare_reference(bench: Bench, analysis: Analysis, settings: Settings) -> P
             evaluation_set=bench.evaluation_set,
             output=path,
         )
-        done = run_isolated(
-            "open_autoglm.measure.jobs:make_reference",
-            job,
-            ReferenceDone,
-            log=bench.study.log_path("reference"),
-            timeout_s=settings.trial_timeout_s,
-            environment=child_environment(settings, bench.hardware.cores),
-            memory_limit_bytes=_memory_limit(candidate),
-        )
+        log = bench.study.log_path("reference")
+        done = _run("make_reference", job, ReferenceDone, bench, log, settings)
     return done if isinstance(done, Failure) else done.path
 
 
@@ -200,6 +175,21 @@ def reference_candidate(analysis: Analysis, spec: OptimizeSpec) -> Candidate:
     """The fp32 torch candidate on the CPU: the yardstick, whether or not it takes part in the race."""
     proposed = engines.get("torch").propose(analysis, spec, "cpu")
     return next(candidate for candidate in proposed if candidate.reference)
+
+
+def _run(
+    name: str, job: OpenJob, answer_type: type[Answer], bench: Bench, log: Path, settings: Settings
+) -> Answer | Failure:
+    """Run one of `measure.jobs` in a child, with the threads, caches and limits all trials get."""
+    return run_isolated(
+        f"open_autoglm.measure.jobs:{name}",
+        job,
+        answer_type,
+        log=log,
+        timeout_s=settings.trial_timeout_s,
+        environment=child_environment(settings, bench.hardware.cores),
+        memory_limit_bytes=_memory_limit(job.candidate),
+    )
 
 
 def _exported(trial: Trial) -> ExportedModel:

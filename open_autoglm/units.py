@@ -6,6 +6,7 @@ and both refuse a bare number: "50" could be seconds or milliseconds.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, ClassVar, Self
 
@@ -84,10 +85,16 @@ class ByteSize(_Quantity):
         return int(self.in_base_unit)
 
 
-def format_bytes(count: float) -> str:
-    """``format_bytes(2**30)`` is ``'1.00 GiB'``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
+def number(value: float) -> str:
+    """Three significant digits, never with an exponent: 1245.3 is '1,245' and 0.01234 is '0.0123'."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure with its unit. Memory is in MiB up to 10 GiB, so that engines compare at a glance."""
+    if unit == "bytes":
+        return f"{number(value / 2**30)} GiB" if value >= 10 * 2**30 else f"{number(value / 2**20)} MiB"
+    return f"{number(value)} {unit}".rstrip()

@@ -22,7 +22,7 @@ _COLUMNS = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "tokens_per_s": "tokens/
 
 def publish(study: Study) -> None:
     """Create the artifacts. Call inside a task or flow run."""
-    reasons = "\n".join(f"- {reason}" for reason in study.verdict.reasons)
+    reasons = "\n".join(f"- {reason}" for reason in readout.reasons(study))
     create_markdown_artifact(
         f"## {readout.headline(study)}\n\n{reasons}\n\nReport: `{study.output_dir / 'report.html'}`",
         key="verdict",
@@ -33,9 +33,7 @@ def publish(study: Study) -> None:
     picture = base64.b64encode(pareto_figure(study)).decode()
     create_image_artifact(f"data:image/png;base64,{picture}", key="pareto", description="Latency and memory")
     if study.registration is not None:
-        link = mlflow_link(
-            Settings().mlflow_url, study.registration.experiment_id, study.registration.run_id
-        )
+        link = mlflow_link(Settings().mlflow_url, study.registration.experiment_id, study.registration.run_id)
         if link is not None:
             create_link_artifact(link, key="mlflow", link_text="The study in MLflow (while it runs)")
 
@@ -51,7 +49,7 @@ def _row(study: Study, index: int) -> dict[str, str]:
         "candidate": trial.id,
         "status": trial.status,
         **figures,
-        "peak RSS": readout.scaled(memory.median, "bytes") if memory else "–",
+        "peak RSS": readout.quantity(memory.median, "bytes") if memory else "–",
         "quality": f"{trial.quality.ratio:.4f}" if trial.quality else "–",
         "reason": trial.reason,
     }

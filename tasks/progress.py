@@ -18,8 +18,9 @@ class _Bar:
         self._lock = threading.Lock()
         self._units = units
         self._done = 0
-        description = f"Study {study.id}: exports, benchmarks and evaluations finished"
-        self._id = cast(UUID, create_progress_artifact(progress=0.0, key="study-progress", description=description))
+        described = f"Study {study.id}: exports, benchmarks and evaluations finished"
+        created = create_progress_artifact(progress=0.0, key="study-progress", description=described)
+        self._id = cast(UUID, created)
 
     def advance(self) -> None:
         with self._lock:

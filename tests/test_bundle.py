@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import build_checkpoint, build_tokenizer
 from bundles import openable_study
+from tiny_models import build_checkpoint, build_tokenizer
 
 from open_autoglm import engines
 from open_autoglm.bundle import MANIFEST, BundleModel, build_bundle, generate, open_bundle

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, build_checkpoint
 from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB_SIZE, build_checkpoint
 
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.errors import CheckpointError

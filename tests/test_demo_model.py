@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, build_checkpoint
 from gguf import GGUFReader, GGUFWriter, TokenType, dequantize
 from safetensors.torch import load_file
+from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, build_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from open_autoglm import demo_model as demo

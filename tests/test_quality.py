@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import VOCAB_SIZE, build_tokenizer
 from numpy.typing import NDArray
+from tiny_models import VOCAB_SIZE, build_tokenizer
 
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import Logits, Session, Tokens

@@ -226,7 +226,9 @@ def run_demo_model(directory: Path) -> None:
     from open_autoglm.demo_model import write_demo_model
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    path = write_demo_model(
-        directory, download_cache=Settings().home / "cache" / "demo", progress=lambda line: click.echo(line, err=True)
-    )
-    click.echo(path)
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    cache = Settings().home / "cache" / "demo"
+    click.echo(write_demo_model(directory, download_cache=cache, progress=tell))

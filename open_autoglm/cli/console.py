@@ -101,7 +101,7 @@ def _places(study: Study, links: Mapping[str, str]) -> list[tuple[str, str]]:
     if study.bundle:
         places.append(("Bundle", str(study.bundle.path)))
     if registration := study.registration:
-        stored = f"run {registration.run_id} in {readout.without_password(registration.tracking_uri)}"
+        stored = f"run {registration.run_id} in {registration.tracking_uri}"
         places.append(("MLflow", readout.study_link(study) or stored))
     places += links.items()
     if code := readout.how_to_load(study):

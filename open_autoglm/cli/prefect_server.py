@@ -38,6 +38,8 @@ def use_prefect(settings: Settings) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {home} ({error.strerror}): set AUTOGLM_HOME to a directory of yours") from None
+        raise UserError(
+            f"cannot write to {home} ({error.strerror}): set AUTOGLM_HOME to a directory of yours"
+        ) from None
     if "PREFECT_API_URL" not in os.environ and is_up(f"{settings.prefect_url}/api"):
         os.environ["PREFECT_API_URL"] = f"{settings.prefect_url}/api"

@@ -46,7 +46,7 @@ class Session(Protocol):
     """A loaded model with one KV cache. All rows of a batch have the same length."""
 
     def prefill(self, tokens: Tokens) -> Logits:
-        """Empty the cache, read ``int64[batch, prompt]``, return the last position's ``float32[batch, vocab]``."""
+        """Empty the cache, read ``int64[batch, prompt]``; the last position's ``float32[batch, vocab]``."""
         ...
 
     def decode(self, tokens: Tokens) -> Logits:

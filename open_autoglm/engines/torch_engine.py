@@ -94,11 +94,15 @@ class TorchSession:
         self._device = "cuda" if candidate.device == "gpu" else "cpu"
         self._compiled = bool(candidate.knobs["compile"])
         self._options = options
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             exported.path,
             dtype=torch.bfloat16 if candidate.precision == "bf16" else torch.float32,
             trust_remote_code=bool(exported.details.get("trust_remote_code", False)),
+            output_loading_info=True,
         )
+        if loading["missing_keys"]:
+            # transformers only warns and fills them with random numbers.
+            raise RuntimeError(f"the checkpoint has no weights for {sorted(loading['missing_keys'])[:5]}")
         self._model = model.to(self._device).eval()
         if self._compiled:
             # The decoder without the head, so that quality and timing run the very same kernels; one graph
@@ -140,7 +144,8 @@ class TorchSession:
         if length > self._options.max_tokens:
             raise ValueError(f"the cache holds {self._options.max_tokens} tokens, {length} were asked for")
         positions = torch.arange(self._length, length, device=self._device)
-        with torch.inference_mode():
+        # Not inference_mode: a compiled graph may not update a cache that was made outside of it.
+        with torch.no_grad():
             output = self._model(
                 input_ids=torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device),
                 position_ids=positions[None].expand(len(tokens), -1),

@@ -60,7 +60,7 @@ def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Pa
 
 
 def _present_as_llama(checkpoint: Checkpoint, scratch: Path) -> Path:
-    """A directory of links to the checkpoint whose config names the architecture the builder dispatches on."""
+    """Links to the checkpoint beside a config that names the architecture the builder dispatches on."""
     directory = scratch / "as-llama"
     directory.mkdir()
     for entry in checkpoint.path.iterdir():

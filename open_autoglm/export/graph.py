@@ -22,7 +22,7 @@ _GATHER, _UNSQUEEZE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
 
 
 class DecoderFacts(Model):
-    """The KV cache of an exported decoder: ``float32[batch, kv_heads, tokens, head_dim]`` per layer, twice."""
+    """The KV cache of a decoder: keys and values, ``float32[batch, kv_heads, tokens, head_dim]``."""
 
     kv_heads: int
     head_dim: int

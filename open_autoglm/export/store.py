@@ -18,7 +18,7 @@ from open_autoglm.files import digest_files, digest_of, directory_atomic, file_l
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, FileDigest, Model, ModelProfile
 from open_autoglm.settings import Settings
-from open_autoglm.units import format_bytes
+from open_autoglm.units import quantity
 
 RECORD = "export.json"
 
@@ -95,13 +95,14 @@ def check_disk(candidates: Sequence[Candidate], profile: ModelProfile, directory
     if not exporting:
         return
     embedding = 4 * profile.embedding_parameters
-    needed = sum(profile.weight_bytes(c.weight_bits) + embedding for c in exporting) + profile.weight_bytes(32)
+    needed = sum(profile.weight_bytes(c.weight_bits) + embedding for c in exporting)
+    needed += profile.weight_bytes(32)
     nearest = next(folder for folder in (directory, *directory.parents) if folder.exists())
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise UserError(
-            f"the exports need {format_bytes(needed)} and {nearest} has {format_bytes(free)} free: free some "
-            "space, set AUTOGLM_HOME to another disk, or name fewer --engines"
+            f"the exports need {quantity(needed, 'bytes')} and {nearest} has {quantity(free, 'bytes')} free: "
+            "free some space, set AUTOGLM_HOME to another disk, or name fewer --engines"
         )
 
 

@@ -6,6 +6,7 @@ here, by severity, because its own verdict also counts warnings.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def check_results(
     ``docs_dir``; ``GateResult.data_docs`` names their index relative to the directory above it.
     """
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")

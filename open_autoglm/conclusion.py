@@ -11,6 +11,7 @@ from open_autoglm.bundle import build_bundle
 from open_autoglm.export.routes import library_versions
 from open_autoglm.figures import latency_figure, pareto_figure, samples_figure
 from open_autoglm.files import write_atomic
+from open_autoglm.measure.jobs import LEAST_ROUNDS
 from open_autoglm.quality.gates import check_results
 from open_autoglm.report import write_report
 from open_autoglm.schemas import Analysis, Study, Trial, Verdict
@@ -34,7 +35,7 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
             min_quality=spec.min_quality,
             champion_id=champion,
             docs_dir=study.root / "data-docs",
-            rounds=spec.rounds,
+            rounds=min(spec.rounds, LEAST_ROUNDS),
         )
         if not gate.passed:
             failed = tuple(f"gate: {failure}" for failure in gate.failures)
@@ -52,17 +53,23 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
         pareto=choice.pareto,
         trials=choice.trials,
         gate=gate,
-        not_measured=_not_measured(bench),
+        not_measured=_not_measured(bench, choice.trials),
         environment={**library_versions(), "python": platform.python_version()},
         output_dir=study.root,
     )
 
 
-def _not_measured(bench: Bench) -> tuple[str, ...]:
+def _not_measured(bench: Bench, trials: Sequence[Trial]) -> tuple[str, ...]:
     told = [
         "Load time was taken once, while other candidates were being prepared: read it as an upper bound.",
         "Peak RSS counts mapped files as far as they were touched; it was read in the timed process.",
         "Server load (concurrent requests) and energy were not measured.",
+    ]
+    told += [
+        f"{trial.id} was timed for {trial.metrics['ttft_ms'].samples} of {bench.spec.rounds} rounds: "
+        f"the budget of {bench.spec.timing_budget_s:g} s was spent."
+        for trial in trials
+        if trial.metrics and trial.metrics["ttft_ms"].samples < bench.spec.rounds
     ]
     if not bench.hardware.gpus:
         told.append(f"No GPU engine was measured: {bench.hardware.gpu_reason}.")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 
 LOGGER = "open_autoglm.progress"
+# A level of its own: Prefect, like most hosts, leaves libraries at WARNING, and these lines are wanted.
+logging.getLogger(LOGGER).setLevel(logging.INFO)
 
 
 def announce(line: str) -> None:

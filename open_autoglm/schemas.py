@@ -37,6 +37,13 @@ class Model(BaseModel):
 # ── the request ──────────────────────────────────────────────────────────────────────────────────
 
 
+def _offer_engines(schema: dict[str, Any]) -> None:
+    """Let forms offer the installed engines; imported late, because the engines build on this module."""
+    from open_autoglm.engines import names
+
+    schema["items"] = {"type": "string", "enum": list(names())}
+
+
 class OptimizeSpec(Model):
     """The whole request. Two equal specs on the same checkpoint and host are the same study."""
 
@@ -73,13 +80,26 @@ class OptimizeSpec(Model):
         description="Reference perplexity / candidate perplexity, on the worse of prefill and decode",
     )
     engines: tuple[str, ...] = Field(
-        (), title="Engines", description="Names from `open-autoglm engines`; empty means every engine"
+        (),
+        title="Engines",
+        description="Engines to try; none chosen means all of them",
+        json_schema_extra=_offer_engines,
     )
     rounds: int = Field(
         10, ge=3, le=1000, title="Timed rounds", description="Requests timed per candidate, after warm-up"
     )
+    timing_budget_s: float = Field(
+        60,
+        gt=0,
+        title="Timing budget in seconds",
+        description="A candidate's rounds end early when this is spent, though not before five were timed",
+    )
     quality_tokens: int = Field(
-        768, ge=64, title="Quality tokens", description="Tokens scored one at a time with the cache"
+        3072,
+        ge=64,
+        title="Quality tokens, at most",
+        description="At most this many tokens are scored one at a time with the cache; "
+        "scoring stops earlier once the verdict is clear",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Chooses prompts and evaluation windows")
     output: str | None = Field(
@@ -337,13 +357,18 @@ class Measurements(Model):
 
 
 class PathQuality(Model):
-    """Quality of one path (prefill batch, or one-token decode with the cache) against the reference."""
+    """Quality of one path (prefill batch, or one-token decode with the cache) against the reference.
 
-    tokens: int
+    With no tokens scored, because the logits were not finite, every number is 0 and means nothing:
+    a KL divergence of 0 then is no agreement.
+    """
+
+    tokens: int = Field(description="really scored: fewer than planned if the verdict was clear earlier")
     perplexity: float
     reference_perplexity: float
     ratio: float = Field(description="reference perplexity / candidate perplexity: the share kept")
     ratio_interval: tuple[float, float] = Field(description="95 %, Student t over paired blocks")
+    clear_of_limit: bool = Field(description="the interval excludes `min_quality`: on this side by evidence")
     kl_divergence: float = Field(description="mean KL(reference‖candidate) in nats; a lower bound")
     top1_agreement: float
     by_text: dict[str, float] = Field(description="ratio per evaluation text")

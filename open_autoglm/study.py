@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, ValidationError
 
 from open_autoglm.errors import StudyError
 from open_autoglm.export.routes import library_versions
@@ -115,15 +115,25 @@ def _claimed(root: Path, key: str) -> StudyRef | None:
 
 
 def read_identity(root: Path) -> StudyRef:
-    identity = StudyIdentity.model_validate_json((root / IDENTITY).read_bytes())
+    """The study that ``root`` belongs to. Raises StudyError if the file is not one this version wrote."""
+    try:
+        identity = StudyIdentity.model_validate_json((root / IDENTITY).read_bytes())
+    except ValueError as error:
+        raise StudyError(
+            f"{root / IDENTITY} is not of a study this version can read ({_problem(error)}); "
+            "choose another --output"
+        ) from error
     return StudyRef(root=root, **identity.model_dump())
 
 
 def _unfinished(settings: Settings, key: str) -> StudyRef | None:
     """The newest recent study with this key that was begun, not finished, and that nobody works on."""
     oldest = datetime.now(UTC) - timedelta(hours=settings.trial_reuse_hours)
-    identities = sorted(settings.studies.glob(f"*/{IDENTITY}"), reverse=True)
-    for study in (read_identity(identity.parent) for identity in identities):
+    for identity in sorted(settings.studies.glob(f"*/{IDENTITY}"), reverse=True):
+        try:
+            study = read_identity(identity.parent)
+        except StudyError:  # another version's
+            continue
         if (
             study.key == key
             and study.created > oldest
@@ -169,12 +179,15 @@ def save_trial(study: StudyRef, trial: Trial) -> Trial:
 
 
 def load_trial(study: StudyRef, trial_id: str, max_age_hours: float) -> Trial | None:
-    """A trial kept earlier and not too long ago, with its raw samples."""
+    """A trial kept earlier and not too long ago, with its raw samples; None if any of it cannot be read."""
     path = study.trial_path(trial_id)
     if not path.exists() or time.time() - path.stat().st_mtime > max_age_hours * 3600:
         return None
-    trial = Trial.model_validate_json(path.read_bytes())
-    return _with_samples(study.root, trial).model_copy(update={"reused": True})
+    try:
+        trial = _with_samples(study.root, Trial.model_validate_json(path.read_bytes()))
+    except (ValueError, OSError):  # another version's, or cleared away: it is measured again
+        return None
+    return trial.model_copy(update={"reused": True})
 
 
 def _with_samples(root: Path, trial: Trial) -> Trial:
@@ -202,8 +215,16 @@ def load_study(root: Path) -> Study:
         study = Study.model_validate_json(path.read_bytes())
         trials = tuple(_with_samples(path.parent, trial) for trial in study.trials)
     except (ValueError, OSError) as error:
-        raise StudyError(f"{path} is not a study this version can read: {error}") from error
+        raise StudyError(f"{path} is not a study this version can read ({_problem(error)})") from error
     return study.model_copy(update={"trials": trials, "output_dir": path.parent.absolute()})
+
+
+def _problem(error: ValueError | OSError) -> str:
+    """What is wrong with a file, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
+    return str(error)
 
 
 def latest_study(settings: Settings) -> Path:

@@ -110,6 +110,7 @@ def measure_trial(bench: Bench, trial: Trial, settings: Settings) -> Trial:
         exported=_exported(trial),
         options=bench.options(),
         workload=bench.workload,
+        timing_budget_s=bench.spec.timing_budget_s,
     )
     measured = _run("measure", job, Measurements, bench, log, settings)
     if isinstance(measured, Failure):
@@ -134,6 +135,7 @@ def score_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings:
         options=bench.options(),
         evaluation_set=bench.evaluation_set,
         reference=reference,
+        min_quality=bench.spec.min_quality,
     )
     report = _run("score_candidate", job, QualityReport, bench, log, settings)
     if isinstance(report, Failure):

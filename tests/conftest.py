@@ -18,10 +18,15 @@ for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny_models import build_checkpoint
 
 from open_autoglm.settings import HOME_NAME, Settings
+
+# The same examples in every run, however loaded the machine, and nothing left in the working tree.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -290,6 +290,7 @@ def demo_path(ratio: float, kl: float, top1: float) -> PathQuality:
         reference_perplexity=25.748,
         ratio=ratio,
         ratio_interval=(ratio - margin, ratio + margin),
+        clear_of_limit=True,
         kl_divergence=kl,
         top1_agreement=top1,
         by_text={"debian-handbook": ratio, "python-docs": min(1.0, ratio + 0.0004)},

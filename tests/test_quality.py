@@ -9,29 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_models import VOCAB_SIZE, build_tokenizer
 
-from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import Logits, Session, Tokens
-from open_autoglm.errors import CheckpointError, UserError
+from open_autoglm.errors import CheckpointError
 from open_autoglm.files import sha256_file
-from open_autoglm.quality.metrics import ratio_interval, score
+from open_autoglm.quality.metrics import Comparison, judge, ratio_interval, score
 from open_autoglm.quality.reference import (
     EvaluationSet,
     Layout,
     Reference,
     compute_reference,
     log_probs_of,
-    make_evaluation_set,
-    plan_layout,
 )
 from open_autoglm.quality.texts import TEXTS
-from open_autoglm.schemas import OptimizeSpec, QualityReport
+from open_autoglm.schemas import PathQuality, QualityReport
 
 VOCAB = 900
-LAYOUT = Layout(
-    windows=3, window_tokens=130, decode_windows=2, prompt_tokens=60, decode_tokens=64, greedy_tokens=8
-)
+LAYOUT = Layout(windows=6, window_tokens=130, prompt_tokens=60, decode_tokens=64, greedy_tokens=8)
+PREFILL_TOKENS = LAYOUT.window_tokens - 1  # scored per window
 
 
 @dataclasses.dataclass
@@ -112,14 +107,36 @@ def log_softmax(logits: Logits) -> NDArray[np.float64]:
     return log_probs
 
 
-def prefill_pairs(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    return tokens[:, :, :-1], tokens[:, :, 1:]
+def scored_windows(path: PathQuality, positions: int) -> int:
+    """How many windows of each text were scored."""
+    windows, rest = divmod(path.tokens, len(TEXTS) * positions)
+    assert rest == 0
+    return windows
 
 
-def decode_pairs(tokens: Tokens) -> tuple[Tokens, Tokens]:
+def prefill_pairs(tokens: Tokens, path: PathQuality) -> tuple[Tokens, Tokens]:
+    """The tokens read and the tokens expected next, ``[texts, windows, positions]``, as far as scored."""
+    windows = tokens[:, : scored_windows(path, PREFILL_TOKENS)]
+    return windows[:, :, :-1], windows[:, :, 1:]
+
+
+def decode_pairs(tokens: Tokens, path: PathQuality) -> tuple[Tokens, Tokens]:
+    """The same for the decode path."""
     first, last = LAYOUT.prompt_tokens, LAYOUT.prompt_tokens + LAYOUT.decode_tokens
-    windows = tokens[:, : LAYOUT.decode_windows]
+    windows = tokens[:, : scored_windows(path, LAYOUT.decode_tokens)]
     return windows[:, :, first:last], windows[:, :, first + 1 : last + 1]
+
+
+def noisy(table: Logits, deviation: float) -> Logits:
+    """A candidate that is worse than ``table`` everywhere, the more so the larger ``deviation`` is."""
+    noise = np.random.default_rng(3).normal(0, deviation, table.shape)
+    return (table + noise).astype(np.float32)
+
+
+def comparison(kept: NDArray[np.float64]) -> Comparison:
+    """A comparison of which only the log-likelihood differences matter."""
+    same = np.ones(kept.shape, dtype=bool)
+    return Comparison(kept.astype(np.float32), np.zeros(kept.shape, np.float32), np.zeros(kept.shape), same)
 
 
 def perplexity(table: Logits, pairs: tuple[Tokens, Tokens]) -> float:
@@ -136,7 +153,8 @@ def test_an_identical_candidate_keeps_everything(
     table: Logits, evaluation_set: EvaluationSet, reference: Path, batch_size: int
 ) -> None:
     """The reference judged against itself: ratio 1, KL 0, full agreement, at any batch size."""
-    report = score(TableSession(table, batch_size=batch_size), evaluation_set, reference, batch_size)
+    session = TableSession(table, batch_size=batch_size)
+    report = score(session, evaluation_set, reference, batch_size=batch_size)
     for path in (report.prefill, report.decode):
         assert path.ratio == 1.0
         assert path.ratio_interval == (1.0, 1.0)
@@ -148,13 +166,61 @@ def test_an_identical_candidate_keeps_everything(
     assert report.greedy_same_tokens == (LAYOUT.greedy_tokens,) * len(TEXTS)
 
 
-def test_every_promised_token_is_scored(
-    table: Logits, evaluation_set: EvaluationSet, reference: Path
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
+def test_a_ratio_on_the_limit_is_scored_to_the_end(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path, batch_size: int
 ) -> None:
-    """Prefill scores every position with a successor; decode scores `decode_tokens` per decode window."""
-    report = score(TableSession(table), evaluation_set, reference)
-    assert report.prefill.tokens == len(TEXTS) * LAYOUT.windows * (LAYOUT.window_tokens - 1)
-    assert report.decode.tokens == len(TEXTS) * LAYOUT.decode_windows * LAYOUT.decode_tokens
+    """Without a verdict, prefill scores every position with a successor, decode 64 tokens per window."""
+    session = TableSession(table, batch_size=batch_size)
+    report = score(session, evaluation_set, reference, batch_size=batch_size, limit=1.0)
+    assert scored_windows(report.prefill, PREFILL_TOKENS) == LAYOUT.windows
+    assert scored_windows(report.decode, LAYOUT.decode_tokens) == LAYOUT.windows
+    assert not report.prefill.clear_of_limit
+    assert not report.decode.clear_of_limit
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(0.99, 2), (0.5, 2), (0.78, 6)])
+def test_each_path_stops_when_its_verdict_is_clear(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path, limit: float, windows: int
+) -> None:
+    """A candidate that keeps 78 % is soon known to miss 99 % and to keep 50 %; at 78 % nothing is known."""
+    report = score(TableSession(noisy(table, 0.7)), evaluation_set, reference, limit=limit)
+    decode = report.decode
+    assert 0.75 < decode.ratio < 0.81
+    assert scored_windows(decode, LAYOUT.decode_tokens) == windows
+    assert decode.clear_of_limit == (not decode.ratio_interval[0] <= limit <= decode.ratio_interval[1])
+    assert decode.clear_of_limit == (windows < LAYOUT.windows)
+
+
+@pytest.mark.parametrize(("batch_size", "windows"), [(1, 2), (2, 2), (3, 3), (4, 2), (8, 4), (64, 6)])
+def test_no_verdict_rests_on_less_than_eight_blocks_of_equally_many_windows(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path, batch_size: int, windows: int
+) -> None:
+    """However clear it is, a verdict waits for 8 blocks, and for each text to be read equally far."""
+    session = TableSession(np.zeros_like(table), batch_size=batch_size)
+    report = score(session, evaluation_set, reference, batch_size=batch_size)
+    assert scored_windows(report.prefill, PREFILL_TOKENS) == 1  # of 4 blocks
+    assert scored_windows(report.decode, LAYOUT.decode_tokens) == windows  # of 2 blocks
+
+
+def test_a_long_evaluation_is_looked_at_ten_times_at_most(evaluation_set: EvaluationSet) -> None:
+    """With 25 windows a text, a look comes every three: more looks would make a wrong verdict likelier."""
+    layout = LAYOUT.model_copy(update={"windows": 25})
+    long = evaluation_set.model_copy(update={"layout": layout})
+    parts = [comparison(np.full((1, 512), -1.0)) for _ in range(len(TEXTS) * layout.windows)]
+    assert scored_windows(judge(parts, long, limit=0.99), 512) == 3
+
+
+def test_looking_again_and_again_seldom_ends_in_a_wrong_verdict(evaluation_set: EvaluationSet) -> None:
+    """With the truth on the limit, where every verdict is wrong, about 5 % of 400 scorings stop early."""
+    generator = np.random.default_rng(7)
+    layout = LAYOUT.model_copy(update={"windows": 8})
+    default = evaluation_set.model_copy(update={"layout": layout})
+    stopped = 0
+    for _ in range(400):
+        parts = [comparison(row[None]) for row in generator.normal(0, 0.1, (16, 192))]
+        stopped += scored_windows(judge(parts, default, limit=1.0), 192) < layout.windows
+    assert 0.01 < stopped / 400 < 0.08
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -162,20 +228,24 @@ def test_perplexities_are_those_computed_by_hand(
     table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path, batch_size: int
 ) -> None:
     """A candidate with noisy logits gets, on each path, the perplexity the definition gives."""
-    noise = np.random.default_rng(3).normal(0, 1, table.shape)
-    noisy = (table + noise).astype(np.float32)
-    report = score(TableSession(noisy, batch_size=batch_size), evaluation_set, reference, batch_size)
-    for path, pairs in ((report.prefill, prefill_pairs(tokens)), (report.decode, decode_pairs(tokens))):
-        ours, theirs = perplexity(noisy, pairs), perplexity(table, pairs)
+    other = noisy(table, 1.0)
+    session = TableSession(other, batch_size=batch_size)
+    report = score(session, evaluation_set, reference, batch_size=batch_size)
+    assert report.prefill.tokens < tokens[:, :, 1:].size, "nothing is learnt about where scoring stopped"
+    for path, pairs in (
+        (report.prefill, prefill_pairs(tokens, report.prefill)),
+        (report.decode, decode_pairs(tokens, report.decode)),
+    ):
+        ours, theirs = perplexity(other, pairs), perplexity(table, pairs)
         assert path.perplexity == pytest.approx(ours, rel=1e-5)
         assert path.reference_perplexity == pytest.approx(theirs, rel=1e-5)
         assert path.ratio == pytest.approx(theirs / ours, rel=1e-5)
         assert path.ratio_interval[0] < path.ratio < path.ratio_interval[1]
-        agree = (noisy.argmax(axis=-1) == table.argmax(axis=-1))[pairs[0]].mean()
+        agree = (other.argmax(axis=-1) == table.argmax(axis=-1))[pairs[0]].mean()
         assert path.top1_agreement == pytest.approx(agree)
         for index, kind in enumerate(TEXTS):
             there = (pairs[0][index], pairs[1][index])
-            expected = perplexity(table, there) / perplexity(noisy, there)
+            expected = perplexity(table, there) / perplexity(other, there)
             assert path.by_text[kind] == pytest.approx(expected, rel=1e-5)
 
 
@@ -192,11 +262,11 @@ def test_kl_is_a_tight_lower_bound(
     table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path
 ) -> None:
     """KL over 256 tokens and one bin never exceeds the exact KL, and is most of it."""
-    other = (table + np.random.default_rng(4).normal(0, 0.5, table.shape)).astype(np.float32)
+    other = noisy(table, 0.5)
     p, q = log_softmax(table), log_softmax(other)
-    exact = (np.exp(p) * (p - q)).sum(axis=-1)[tokens[:, :, :-1]].mean()
-    measured = score(TableSession(other), evaluation_set, reference).prefill.kl_divergence
-    assert 0.8 * exact < measured <= exact
+    prefill = score(TableSession(other), evaluation_set, reference).prefill
+    exact = (np.exp(p) * (p - q)).sum(axis=-1)[prefill_pairs(tokens, prefill)[0]].mean()
+    assert 0.8 * exact < prefill.kl_divergence <= exact
 
 
 def test_kl_is_exact_when_the_kept_tokens_are_the_vocabulary(tmp_path: Path) -> None:
@@ -215,9 +285,9 @@ def test_kl_is_exact_when_the_kept_tokens_are_the_vocabulary(tmp_path: Path) -> 
     )
     compute_reference(TableSession(table), small, tmp_path / "reference.npz")
     p, q = log_softmax(table), log_softmax(other)
-    exact = (np.exp(p) * (p - q)).sum(axis=-1)[tokens[:, :, :-1]].mean()
-    measured = score(TableSession(other), small, tmp_path / "reference.npz").prefill.kl_divergence
-    assert measured == pytest.approx(exact, rel=1e-4)
+    prefill = score(TableSession(other), small, tmp_path / "reference.npz").prefill
+    exact = (np.exp(p) * (p - q)).sum(axis=-1)[prefill_pairs(tokens, prefill)[0]].mean()
+    assert prefill.kl_divergence == pytest.approx(exact, rel=1e-4)
 
 
 def test_the_worse_path_gates(
@@ -226,7 +296,7 @@ def test_the_worse_path_gates(
     """A candidate whose decode kernels are wrong is judged by them, however good its prefill is."""
     wrong = np.roll(table, 1, axis=1)
     report = score(TableSession(table, decode_table=wrong), evaluation_set, reference)
-    pairs = decode_pairs(tokens)
+    pairs = decode_pairs(tokens, report.decode)
     assert report.prefill.ratio == 1.0
     assert report.worse_path == "decode"
     assert report.ratio == pytest.approx(perplexity(table, pairs) / perplexity(wrong, pairs), rel=1e-5)
@@ -308,45 +378,3 @@ def test_log_probs_do_not_overflow() -> None:
     ids = np.array([[0, 1, 2]])
     expected = log_softmax(np.array([[0.0, 1.0, -2.0]], dtype=np.float32))
     assert log_probs_of(logits, ids) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("context", [64, 100, 512, 131072])
-@pytest.mark.parametrize("quality_tokens", [64, 768, 5000])
-@pytest.mark.parametrize("prompt_tokens", [1, 512, 1500, 100_000])
-def test_every_layout_fits(context: int, quality_tokens: int, prompt_tokens: int) -> None:
-    """Whatever is asked for, decode scores at least that many tokens, inside the window and the context."""
-    spec = OptimizeSpec(model_path="m", quality_tokens=quality_tokens, prompt_tokens=prompt_tokens)
-    layout = plan_layout(context, spec)
-    assert layout.window_tokens <= min(context, 2048)
-    assert layout.prompt_tokens >= 32
-    assert 2 <= layout.decode_windows <= layout.windows
-    assert len(TEXTS) * layout.decode_windows * layout.decode_tokens >= quality_tokens
-    assert layout.decode_positions.stop < layout.window_tokens
-    assert layout.prompt_tokens + layout.greedy_tokens <= layout.window_tokens
-
-
-def test_the_default_layout() -> None:
-    """By default 4 windows of 512 tokens per text, of which two are decoded for 192 tokens."""
-    assert plan_layout(8192, OptimizeSpec(model_path="m")) == Layout(
-        windows=4, window_tokens=512, decode_windows=2, prompt_tokens=256, decode_tokens=192, greedy_tokens=32
-    )
-
-
-def test_a_tiny_context_is_refused() -> None:
-    """A context too short to judge quality in is a user error with the number."""
-    with pytest.raises(UserError, match="context of 63 tokens is too short"):
-        plan_layout(63, OptimizeSpec(model_path="m"))
-
-
-def test_the_evaluation_set_is_real_text_of_both_kinds(tiny_glm: Path, tmp_path: Path) -> None:
-    """Made from a checkpoint's own tokenizer, it holds readable windows, the same for the same spec."""
-    checkpoint = load_checkpoint(str(tiny_glm))
-    spec = OptimizeSpec(model_path="m")
-    made, again = (make_evaluation_set(checkpoint, spec, tmp_path / name) for name in ("a.npy", "b.npy"))
-    assert made.sha256 == again.sha256
-    assert made.load().shape == (2, 4, 512)
-    assert made.load().max() < VOCAB_SIZE
-    fiction, technical = (build_tokenizer().decode(rows.reshape(-1)) for rows in made.load())
-    assert "Anne" in fiction
-    assert "Python" in technical
-    assert EvaluationSet.model_validate_json(made.model_dump_json()) == made

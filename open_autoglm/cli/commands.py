@@ -151,6 +151,7 @@ def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
     _show_progress()
 
     def interrupt(*_: object) -> None:
+        logging.disable(logging.CRITICAL)  # what Prefect says of each task that ends now
         stop_children()
         raise KeyboardInterrupt
 

@@ -64,6 +64,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--engines", default="", help="Comma-separated; see `open-autoglm engines`. Default: all.")
 @click.option("--rounds", type=int, default=10, show_default=True, help="Timed requests per candidate.")
+@click.option("--timing-budget-s", type=float, default=60, show_default=True, help="Seconds of rounds each.")
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
@@ -128,7 +129,8 @@ def main() -> None:
     """Entry point: turns expected errors into one sentence and an exit code."""
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command goes on where it stopped", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
@@ -136,6 +138,3 @@ def main() -> None:
     except AutoGLMError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG)
-    except KeyboardInterrupt:
-        click.echo("interrupted; the same command resumes where it stopped", err=True)
-        sys.exit(EXIT_INTERRUPTED)

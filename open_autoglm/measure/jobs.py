@@ -25,6 +25,10 @@ from open_autoglm.quality.reference import EvaluationSet, compute_reference
 from open_autoglm.schemas import Candidate, ExportedModel, Measurements, Model, QualityReport, Workload
 
 
+LEAST_ROUNDS = 5
+"""A slow candidate is timed at least so often, whatever the budget."""
+
+
 class IncorrectOutput(RuntimeError):
     """The engine answers with something that is no answer, so its speed is of no interest."""
 
@@ -44,6 +48,7 @@ class MeasureJob(OpenJob):
     """Payload of :func:`measure`."""
 
     workload: Workload
+    timing_budget_s: float
 
 
 class ScoreJob(OpenJob):
@@ -51,6 +56,7 @@ class ScoreJob(OpenJob):
 
     evaluation_set: EvaluationSet
     reference: Path
+    min_quality: float
 
 
 class ReferenceJob(OpenJob):
@@ -95,11 +101,22 @@ def measure(job: MeasureJob) -> Measurements:
         warmups = [run_round(session, prompts[0], workload.output_tokens)]
     with device_lease(device, alone=True):
         warmups += [run_round(session, prompt, workload.output_tokens) for prompt in prompts[1:WARMUPS]]
-        rounds = [run_round(session, prompt, workload.output_tokens) for prompt in prompts[WARMUPS:]]
+        rounds = timed_rounds(session, prompts[WARMUPS:], workload.output_tokens, job.timing_budget_s)
         peak_rss_bytes = read_peak_rss_bytes()
     facts = session.facts()
     session.close()
     return _evidence(job, rounds, warmups, load_ms, peak_rss_bytes, facts)
+
+
+def timed_rounds(session: Session, prompts: Tokens, output_tokens: int, budget_s: float) -> list[Round]:
+    """One round per prompt batch; ends early when the budget is spent, but not before LEAST_ROUNDS."""
+    rounds: list[Round] = []
+    end = time.perf_counter() + budget_s
+    for prompt in prompts:
+        if len(rounds) >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        rounds.append(run_round(session, prompt, output_tokens))
+    return rounds
 
 
 def run_round(session: Session, prompts: Tokens, output_tokens: int) -> Round:
@@ -174,7 +191,13 @@ def score_candidate(job: ScoreJob) -> QualityReport:
     """Judge one candidate on both paths against the stored reference."""
     with device_lease(job.candidate.device, alone=False):
         session = job.open()
-        report = score(session, job.evaluation_set, job.reference, job.options.batch_size)
+        report = score(
+            session,
+            job.evaluation_set,
+            job.reference,
+            batch_size=job.options.batch_size,
+            limit=job.min_quality,
+        )
         session.close()
     return report
 

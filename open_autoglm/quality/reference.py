@@ -27,8 +27,8 @@ from open_autoglm.schemas import Checkpoint, Model, OptimizeSpec
 WINDOW_TOKENS = 512
 LONGEST_WINDOW_TOKENS = 2048
 SHORTEST_WINDOW_TOKENS = 64
-PREFILL_TOKENS = 4096  # over all texts, by default
-MOST_WINDOWS = 8  # per text, unless the decode path needs more
+LEAST_WINDOWS = 2  # per text
+DECODE_TOKENS = 192  # per window, at most: short, so that a clear case can be settled after few
 GREEDY_TOKENS = 32
 TOP_TOKENS = 256
 ROWS_AT_A_TIME = 64  # positions whose whole vocabulary is worked on at once: bounds memory
@@ -37,17 +37,16 @@ ROWS_AT_A_TIME = 64  # positions whose whole vocabulary is worked on at once: bo
 class Layout(Model):
     """How many windows of each text there are, how long, and which part of them is decoded.
 
-    The prefill path scores every position of every window. The decode path takes the first
-    ``decode_windows`` of each text, prefills ``prompt_tokens`` and is then fed the next
-    ``decode_tokens`` true tokens, one per call. Greedy continuations start from the same prefix of
-    each text's first window. A session needs room for ``window_tokens``.
+    The prefill path scores every position of a window. The decode path prefills its first
+    ``prompt_tokens`` and is then fed the next ``decode_tokens`` true tokens, one per call. Greedy
+    continuations start from the same prefix of each text's first window. A session needs room for
+    ``window_tokens``. A path whose verdict is clear early leaves the remaining windows unread.
     """
 
     windows: int = Field(description="per text")
     window_tokens: int
-    decode_windows: int = Field(description="per text; the first of `windows`")
     prompt_tokens: int
-    decode_tokens: int = Field(description="per decode window")
+    decode_tokens: int = Field(description="per window")
     greedy_tokens: int
 
     @property
@@ -139,7 +138,10 @@ def make_evaluation_set(checkpoint: Checkpoint, spec: OptimizeSpec, path: Path) 
 
 
 def plan_layout(context_tokens: int, spec: OptimizeSpec) -> Layout:
-    """Fit ``spec.quality_tokens`` decoded tokens, and about 4096 in all, into two or more windows a text."""
+    """Spread at most ``spec.quality_tokens`` decoded tokens over two or more windows of each text.
+
+    The default of 3072 gives 8 windows of 512 tokens per text. Raises UserError if the context is too short.
+    """
     if context_tokens < SHORTEST_WINDOW_TOKENS:
         raise UserError(
             f"the model's context of {context_tokens} tokens is too short to judge its quality: "
@@ -147,16 +149,14 @@ def plan_layout(context_tokens: int, spec: OptimizeSpec) -> Layout:
         )
     length = min(max(WINDOW_TOKENS, spec.prompt_tokens), LONGEST_WINDOW_TOKENS, context_tokens)
     prefix = length // 2
-    decoded_per_text = math.ceil(spec.quality_tokens / len(TEXTS))
     # The last token of a window has no successor to be scored on.
-    decode_windows = max(2, math.ceil(decoded_per_text / (length - prefix - 1)))
-    prefill_windows = min(PREFILL_TOKENS // (len(TEXTS) * length), MOST_WINDOWS)
+    decodable = min(DECODE_TOKENS, length - prefix - 1)
+    per_text = max(LEAST_WINDOWS, math.ceil(spec.quality_tokens / (len(TEXTS) * decodable)))
     return Layout(
-        windows=max(decode_windows, prefill_windows),
+        windows=per_text,
         window_tokens=length,
-        decode_windows=decode_windows,
         prompt_tokens=prefix,
-        decode_tokens=math.ceil(decoded_per_text / decode_windows),
+        decode_tokens=spec.quality_tokens // (len(TEXTS) * per_text),
         greedy_tokens=min(GREEDY_TOKENS, length - prefix),
     )
 

@@ -388,6 +388,11 @@ class QualityReport(Model):
     finite: bool
     seconds: float
 
+    @property
+    def worse(self) -> PathQuality:
+        """The path that decides."""
+        return self.decode if self.worse_path == "decode" else self.prefill
+
 
 TrialStatus = Literal["vetoed", "failed", "crashed", "out_of_memory", "timed_out", "incorrect", "ok"]
 

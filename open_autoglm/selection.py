@@ -171,6 +171,13 @@ def _why(
         f"keeps {champion.quality.ratio:.2%} of the reference's quality on the worse path "
         f"({champion.quality.worse_path}); {spec.min_quality:.0%} was asked for",
     ]
+    worse = champion.quality.worse
+    if not worse.clear_of_limit:
+        least, most = worse.ratio_interval
+        reasons.append(
+            f"its quality is not clear of the limit: {least:.2%} to {most:.2%} after {worse.tokens} tokens; "
+            "more quality tokens would tell"
+        )
     baseline = next((trial for trial in complete if trial.candidate.baseline), None)
     if baseline is not None and baseline.id != champion.id:
         reasons.append(_against(champion, baseline))

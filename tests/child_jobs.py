@@ -35,8 +35,8 @@ def answers_at_length(order: Order) -> Answer:
 
 def prints_garbage(order: Order) -> Answer:
     """As runtimes do: on stdout, stderr, and below Python on the file descriptors."""
-    print('{"result": {"text": "fake", "pid": 0}}')
-    print("\x1b[31mwarning\x1b[0m", file=sys.stderr)
+    sys.stdout.write('{"result": {"text": "fake", "pid": 0}}\n')
+    sys.stderr.write("\x1b[31mwarning\x1b[0m\n")
     os.write(1, b"\xff\xfe not text\n")
     return answers(order)
 
@@ -59,10 +59,6 @@ class IncorrectOutput(RuntimeError):
 
 def answers_nonsense(_order: Order) -> NoReturn:
     raise IncorrectOutput("prefill gave logits that are not finite")
-
-
-def returns_another_model(order: Order) -> Order:
-    return order
 
 
 def segfaults(_order: Order) -> NoReturn:
@@ -94,11 +90,10 @@ def crashes_after_answering(order: Order) -> Answer:
 
 def hangs(order: Order) -> NoReturn:
     """Writes its pid and that of a process of its own into the file ``order.text``, then waits."""
-    grandchild = subprocess.Popen(["sleep", "600"])
-    if order.text:
-        partial = Path(f"{order.text}.partial")
-        partial.write_text(f"{os.getpid()} {grandchild.pid}")
-        partial.rename(order.text)
+    grandchild = subprocess.Popen(["sleep", "60"])
+    partial = Path(f"{order.text}.partial")
+    partial.write_text(f"{os.getpid()} {grandchild.pid}")
+    partial.rename(order.text)
     while True:
         time.sleep(60)
 

@@ -31,6 +31,12 @@ hypothesis.settings.load_profile("suite")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_lease(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A device lease of the tests' own: they time nothing, so they need not wait for a study on this host."""
+    os.environ["AUTOGLM_LEASE_DIR"] = str(tmp_path_factory.mktemp("lease"))
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Settings whose home is this test's own."""

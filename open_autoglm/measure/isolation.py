@@ -153,7 +153,10 @@ def _converse(
 
 def _interpret(answer: bytes, code: int, log: Path, answer_type: type[Answer]) -> Answer | Failure:
     """Turn the child's answer and exit code into a model or a failure with its reason."""
-    said = json.loads(answer) if answer else {}
+    try:
+        said = json.loads(answer)
+    except ValueError:  # none, or cut off in the middle
+        said = {}
     if code == 0 and "result" in said:
         return answer_type.model_validate(said["result"])
     tail = log.read_text(errors="replace")[-4000:]

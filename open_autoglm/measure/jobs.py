@@ -24,7 +24,6 @@ from open_autoglm.quality.metrics import score
 from open_autoglm.quality.reference import EvaluationSet, compute_reference
 from open_autoglm.schemas import Candidate, ExportedModel, Measurements, Model, QualityReport, Workload
 
-
 LEAST_ROUNDS = 5
 """A slow candidate is timed at least so often, whatever the budget."""
 

@@ -37,15 +37,21 @@ class Model(BaseModel):
 # ── the request ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _offer_engines(schema: dict[str, Any]) -> None:
-    """Let forms offer the installed engines; imported late, because the engines build on this module."""
-    from open_autoglm.engines import names
+def _fit_for_forms(schema: dict[str, Any]) -> None:
+    """Fit the JSON schema to forms: an optional text is one box that may stay empty, engines are a choice."""
+    from open_autoglm.engines import names  # late: the engines build on this module
 
-    schema["items"] = {"type": "string", "enum": list(names())}
+    for field in schema["properties"].values():
+        if "anyOf" in field:
+            del field["default"]
+            field.update(field.pop("anyOf")[0])
+    schema["properties"]["engines"]["items"] = {"type": "string", "enum": list(names())}
 
 
 class OptimizeSpec(Model):
     """The whole request. Two equal specs on the same checkpoint and host are the same study."""
+
+    model_config = ConfigDict(json_schema_extra=_fit_for_forms)
 
     model_path: str = Field(
         title="Model",
@@ -80,16 +86,13 @@ class OptimizeSpec(Model):
         description="Reference perplexity / candidate perplexity, on the worse of prefill and decode",
     )
     engines: tuple[str, ...] = Field(
-        (),
-        title="Engines",
-        description="Engines to try; none chosen means all of them",
-        json_schema_extra=_offer_engines,
+        (), title="Engines", description="Engines to try; none chosen means all of them"
     )
     rounds: int = Field(
         10, ge=3, le=1000, title="Timed rounds", description="Requests timed per candidate, after warm-up"
     )
     timing_budget_s: float = Field(
-        60,
+        30,
         gt=0,
         title="Timing budget in seconds",
         description="A candidate's rounds end early when this is spent, though not before five were timed",
@@ -103,7 +106,9 @@ class OptimizeSpec(Model):
     )
     seed: int = Field(0, ge=0, title="Seed", description="Chooses prompts and evaluation windows")
     output: str | None = Field(
-        None, title="Output directory", description="Where the study is kept; a new one under `home` if empty"
+        None,
+        title="Output directory",
+        description="Where the study is kept; a new one under $AUTOGLM_HOME/studies if empty",
     )
     register_as: str | None = Field(
         None,

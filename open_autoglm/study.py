@@ -76,7 +76,7 @@ def open_study(
     created = datetime.now(UTC)
     study_id = f"{checkpoint.name}-{created:%Y%m%d-%H%M%S}-{key[:6]}"
     root = (output or settings.studies / study_id).absolute()
-    found = _claimed(root, key)
+    found = check_claim(root, key)
     if found is not None:
         return found
     identity = StudyIdentity(id=study_id, key=key, created=created)
@@ -100,8 +100,8 @@ def check_output(output: Path) -> None:
         raise StudyError(f"{output} is not empty and holds no study; choose an empty or a new directory")
 
 
-def _claimed(root: Path, key: str) -> StudyRef | None:
-    """The study that ``root`` belongs to, if it is this one. Raises StudyError if it is another's."""
+def check_claim(root: Path, key: str) -> StudyRef | None:
+    """The study that ``root`` belongs to, if it is the one of ``key``. Raises StudyError if it is another's."""
     check_output(root)
     if not (root / IDENTITY).exists():
         return None

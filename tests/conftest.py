@@ -15,13 +15,15 @@ os.environ.update(
 for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 from tiny_models import build_checkpoint
 
+from open_autoglm import engines
+from open_autoglm.schemas import Candidate
 from open_autoglm.settings import HOME_NAME, Settings
 
 # The same examples in every run, however loaded the machine, and nothing left in the working tree.
@@ -41,6 +43,21 @@ def own_lease(tmp_path_factory: pytest.TempPathFactory) -> None:
 def settings(tmp_path: Path) -> Settings:
     """Settings whose home is this test's own."""
     return Settings(home=tmp_path / "home")
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Candidate]]:
+    """The third-party engine in ``tests/plugin``, discovered here and in children; makes its candidates."""
+    folder = Path(__file__).parent / "plugin"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    for cached in (engines.names, engines.get):
+        cached.cache_clear()
+    from fake_engine import candidate
+
+    yield candidate
+    for cached in (engines.names, engines.get):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -21,26 +21,34 @@ def test_every_layout_fits(context: int, quality_tokens: int, prompt_tokens: int
     """Whatever is asked for, decode can score nearly that many tokens, inside the window and the context."""
     spec = OptimizeSpec(model_path="m", quality_tokens=quality_tokens, prompt_tokens=prompt_tokens)
     layout = plan_layout(context, spec)
-    assert layout.window_tokens <= min(context, 2048)
+    assert layout.window_tokens <= min(context, 2048 + 192 + 1)
     assert layout.prompt_tokens >= 32
     assert layout.windows >= 2
     windows = len(TEXTS) * layout.windows
     assert quality_tokens - windows < windows * layout.decode_tokens <= quality_tokens
+    assert layout.decode_tokens >= 1
     assert layout.decode_positions.stop < layout.window_tokens
+    assert layout.greedy_tokens >= 1
     assert layout.prompt_tokens + layout.greedy_tokens <= layout.window_tokens
 
 
+@pytest.mark.parametrize(("asked", "judged"), [(1, 128), (128, 128), (700, 700), (2048, 2048), (9000, 2048)])
+def test_prompts_are_judged_at_the_length_they_are_timed_at(asked: int, judged: int) -> None:
+    """Where the context has room, a window's prompt is as long as the workload's, from 128 to 2048 tokens."""
+    assert plan_layout(131072, OptimizeSpec(model_path="m", prompt_tokens=asked)).prompt_tokens == judged
+
+
 def test_the_default_layout() -> None:
-    """By default 8 windows of 512 tokens per text, each decoded for 192 tokens."""
+    """By default 8 windows per text, each a prompt of 512 tokens and 192 decoded ones."""
     assert plan_layout(8192, OptimizeSpec(model_path="m")) == Layout(
-        windows=8, window_tokens=512, prompt_tokens=256, decode_tokens=192, greedy_tokens=32
+        windows=8, window_tokens=512 + 192 + 1, prompt_tokens=512, decode_tokens=192, greedy_tokens=32
     )
 
 
 def test_a_small_request_is_a_small_layout() -> None:
     """Few tokens to decode mean few windows on both paths."""
     assert plan_layout(512, OptimizeSpec(model_path="m", quality_tokens=64)) == Layout(
-        windows=2, window_tokens=512, prompt_tokens=256, decode_tokens=16, greedy_tokens=32
+        windows=2, window_tokens=319 + 16 + 1, prompt_tokens=319, decode_tokens=16, greedy_tokens=16
     )
 
 
@@ -56,7 +64,7 @@ def test_the_evaluation_set_is_real_text_of_both_kinds(tiny_glm: Path, tmp_path:
     spec = OptimizeSpec(model_path="m")
     made, again = (make_evaluation_set(checkpoint, spec, tmp_path / name) for name in ("a.npy", "b.npy"))
     assert made.sha256 == again.sha256
-    assert made.load().shape == (2, 8, 512)
+    assert made.load().shape == (2, 8, 512)  # all of its context
     assert made.load().max() < VOCAB_SIZE
     fiction, technical = (build_tokenizer().decode(rows.reshape(-1)) for rows in made.load())
     assert "Anne" in fiction

@@ -41,6 +41,7 @@ class Holder:
     def tell(self, line: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
 
     def says(self) -> str:
         """Its next word; waits for it."""

@@ -25,8 +25,8 @@ from open_autoglm.quality.texts import TEXTS
 from open_autoglm.schemas import PathQuality, QualityReport
 
 VOCAB = 900
-LAYOUT = Layout(windows=6, window_tokens=130, prompt_tokens=60, decode_tokens=64, greedy_tokens=8)
-PREFILL_TOKENS = LAYOUT.window_tokens - 1  # scored per window
+LAYOUT = Layout(windows=6, window_tokens=193, prompt_tokens=128, decode_tokens=64, greedy_tokens=8)
+PREFILL_TOKENS = LAYOUT.prompt_tokens  # scored per window
 
 
 @dataclasses.dataclass
@@ -76,7 +76,7 @@ def table() -> Logits:
 @pytest.fixture(scope="module")
 def tokens(table: Logits) -> Tokens:
     """Text that the table model wrote itself, so that every other model is worse at it."""
-    generator = np.random.default_rng(2)
+    generator = np.random.default_rng(8)
     tokens = generator.integers(0, VOCAB, (len(TEXTS), LAYOUT.windows, LAYOUT.window_tokens))
     for position in range(1, LAYOUT.window_tokens):
         logits = table[tokens[:, :, position - 1]]
@@ -117,7 +117,7 @@ def scored_windows(path: PathQuality, positions: int) -> int:
 def prefill_pairs(tokens: Tokens, path: PathQuality) -> tuple[Tokens, Tokens]:
     """The tokens read and the tokens expected next, ``[texts, windows, positions]``, as far as scored."""
     windows = tokens[:, : scored_windows(path, PREFILL_TOKENS)]
-    return windows[:, :, :-1], windows[:, :, 1:]
+    return windows[:, :, :PREFILL_TOKENS], windows[:, :, 1 : PREFILL_TOKENS + 1]
 
 
 def decode_pairs(tokens: Tokens, path: PathQuality) -> tuple[Tokens, Tokens]:
@@ -170,7 +170,7 @@ def test_an_identical_candidate_keeps_everything(
 def test_a_ratio_on_the_limit_is_scored_to_the_end(
     table: Logits, evaluation_set: EvaluationSet, reference: Path, batch_size: int
 ) -> None:
-    """Without a verdict, prefill scores every position with a successor, decode 64 tokens per window."""
+    """Without a verdict, prefill scores every position of a prompt, decode 64 tokens per window."""
     session = TableSession(table, batch_size=batch_size)
     report = score(session, evaluation_set, reference, batch_size=batch_size, limit=1.0)
     assert scored_windows(report.prefill, PREFILL_TOKENS) == LAYOUT.windows
@@ -231,7 +231,8 @@ def test_perplexities_are_those_computed_by_hand(
     other = noisy(table, 1.0)
     session = TableSession(other, batch_size=batch_size)
     report = score(session, evaluation_set, reference, batch_size=batch_size)
-    assert report.prefill.tokens < tokens[:, :, 1:].size, "nothing is learnt about where scoring stopped"
+    everything = len(TEXTS) * LAYOUT.windows * PREFILL_TOKENS
+    assert report.prefill.tokens < everything, "nothing is learnt about where scoring stopped"
     for path, pairs in (
         (report.prefill, prefill_pairs(tokens, report.prefill)),
         (report.decode, decode_pairs(tokens, report.decode)),
@@ -311,8 +312,10 @@ def test_non_finite_logits_are_reported_not_raised(
 ) -> None:
     """One NaN or infinity on either path: not finite, ratio 0, and a report that survives JSON."""
     sick = table.copy()
-    sick[tokens[0, 0, LAYOUT.prompt_tokens + 3], 7] = poison
-    session = TableSession(sick) if path == "prefill" else TableSession(table, decode_table=sick)
+    read = 3 if path == "prefill" else LAYOUT.prompt_tokens + 3
+    sick[tokens[0, 0, read], 7] = poison
+    tables = (sick, table) if path == "prefill" else (table, sick)
+    session = TableSession(tables[0], decode_table=tables[1])
     report = score(session, evaluation_set, reference)
     assert not report.finite
     assert report.ratio == 0.0
@@ -335,7 +338,7 @@ def test_logits_of_a_wrong_shape_are_refused(
     table: Logits, evaluation_set: EvaluationSet, reference: Path
 ) -> None:
     """A session that returns fewer logits than the contract says is an error, not a score."""
-    with pytest.raises(ValueError, match=r"shape \(1, 130, 100\), expected \(1, 130, 900\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 128, 100\), expected \(1, 128, 900\)"):
         score(TableSession(table[:, :100]), evaluation_set, reference)
 
 

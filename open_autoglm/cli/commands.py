@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from pydantic import ValidationError
 
 from open_autoglm import engines
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Analysis, Checkpoint, OptimizeSpec, Study
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, OptimizeSpec, Study
 from open_autoglm.settings import Settings
 
 EXIT_CODES = {"champion": 0, "dry_run": 0, "nothing_feasible": 3, "gate_failed": 3}
+
+_SHAPE = ("batch_size", "prompt_tokens")
 
 
 def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
@@ -38,7 +41,8 @@ def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        flag = "--" + str(problem["loc"][0]).replace("_", "-")
+        name = str(problem["loc"][0])
+        flag = "--input-shape" if name in _SHAPE else "--" + name.replace("_", "-")
         message = problem["msg"].removeprefix("Value error, ")
         raise UserError(f"{flag}: {message} (got {problem['input']!r})") from None
 
@@ -46,7 +50,7 @@ def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
 def parse_shape(text: str) -> tuple[int, int]:
     """``"1,512"`` is one prompt of 512 tokens. Raises UserError."""
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(
             f"--input-shape: {text!r} is not a shape; write batch,prompt tokens, both at least 1, like 1,512"
         )
@@ -59,12 +63,12 @@ def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
 
     settings = Settings()
     spec = make_spec(arguments)
-    _check_first(spec, settings)
+    checkpoint, analysis, candidates = _plan(spec, settings)
     # With --json, stdout carries the JSON object and everything for people goes to stderr.
     console = make_console(sys.stderr if as_json else sys.stdout)
     if dry_run:
-        study = _plan_only(spec, settings)
-        print_plan([trial.candidate for trial in study.trials], console)
+        study = _planned(spec, settings, checkpoint, analysis, candidates)
+        print_plan(candidates, console)
     else:
         study = _run_flow(spec, settings)
         print_study(study, console, _links(settings))
@@ -73,16 +77,20 @@ def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
     return EXIT_CODES[study.verdict.kind]
 
 
-def _check_first(spec: OptimizeSpec, settings: Settings) -> None:
-    """Find wrong requests before a server is started for them."""
-    from open_autoglm.planning import resolve_device
-    from open_autoglm.study import check_output
+def _plan(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis, list[Candidate]]:
+    """What the flow will begin with, so that a wrong request is found before a server is started for it."""
+    from open_autoglm.export.store import check_disk
+    from open_autoglm.planning import plan, resolve_device
+    from open_autoglm.study import check_claim, check_output, study_key
 
     if spec.output is not None:
         check_output(Path(spec.output))
-    _load(spec, settings)
-    if spec.target_device == "gpu":
-        resolve_device(spec.target_device, _hardware(settings))
+    checkpoint, analysis = _analyse(spec, settings)
+    candidates = plan(analysis, spec, resolve_device(spec.target_device, analysis.hardware))
+    check_disk(candidates, analysis.profile, settings.exports)
+    if spec.output is not None:
+        check_claim(Path(spec.output), study_key(spec, checkpoint, analysis.hardware))
+    return checkpoint, analysis, candidates
 
 
 def _load(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
@@ -99,28 +107,26 @@ def _load(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
     return checkpoint
 
 
-def _hardware(settings: Settings) -> Any:
-    from open_autoglm.hardware import probe_hardware
-
-    return probe_hardware(settings.home / "hardware")
-
-
 def _analyse(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis]:
+    from open_autoglm.hardware import probe_hardware
     from open_autoglm.roofline import analyze
 
     checkpoint = _load(spec, settings)
-    return checkpoint, analyze(checkpoint, spec, _hardware(settings))
+    return checkpoint, analyze(checkpoint, spec, probe_hardware(settings.home / "hardware"))
 
 
-def _plan_only(spec: OptimizeSpec, settings: Settings) -> Study:
+def _planned(
+    spec: OptimizeSpec,
+    settings: Settings,
+    checkpoint: Checkpoint,
+    analysis: Analysis,
+    candidates: Sequence[Candidate],
+) -> Study:
     """The study that would be run: analysis and candidates, nothing measured, nothing written."""
     from datetime import UTC, datetime
 
-    from open_autoglm.planning import plan, resolve_device
     from open_autoglm.schemas import Trial, Verdict
 
-    checkpoint, analysis = _analyse(spec, settings)
-    candidates = plan(analysis, spec, resolve_device(spec.target_device, analysis.hardware))
     trials = tuple(
         Trial(
             id=candidate.id,

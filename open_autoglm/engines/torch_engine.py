@@ -136,6 +136,17 @@ class TorchSession:
         else:
             self._cache = StaticCache(config=self._model.config, max_cache_len=self._options.max_tokens)
             self._cache_rows = rows
+            self._allocate_cache(rows)
+
+    def _allocate_cache(self, rows: int) -> None:
+        """Let one eager token allocate the cache, or the first prompt would compile a graph of its own."""
+        torch = self._torch
+        token = torch.zeros((rows, 1), dtype=torch.long, device=self._device)
+        with torch.no_grad():
+            self._model.get_decoder().forward(
+                input_ids=token, position_ids=token, past_key_values=self._cache, use_cache=True
+            )
+        self._cache.reset()
 
     def _forward(self, tokens: Tokens, *, keep: int) -> Logits:
         """Logits of the last ``keep`` positions, or of all for 0."""

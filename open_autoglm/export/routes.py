@@ -56,7 +56,8 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
 
     Raises NoRoute, or what the route raises.
     """
-    with tempfile.TemporaryDirectory(dir=context.output.parent) as scratch:
+    # Inside the output, so that it goes with it if the exporter ends the process.
+    with tempfile.TemporaryDirectory(dir=context.output) as scratch:
         route = choose_route(checkpoint, context.ledger, Path(scratch))
         work = Path(scratch) / "export"
         work.mkdir()

@@ -110,7 +110,10 @@ def check_stored(directory: Path) -> str | None:
     """None if a sound export lies in ``directory``, '' if there is none, else what is wrong with it."""
     if not (directory / RECORD).exists():
         return ""
-    record = ExportRecord.model_validate_json((directory / RECORD).read_bytes())
+    try:
+        record = ExportRecord.model_validate_json((directory / RECORD).read_bytes())
+    except ValueError:
+        return f"{RECORD} of the stored export could not be read"
     for file in record.files:
         if not (directory / file.path).exists():
             return f"{file.path} was missing from the stored export"
@@ -125,6 +128,8 @@ def _build(
     candidate: Candidate, checkpoint: Checkpoint, settings: Settings, directory: Path, key: str, log: Path
 ) -> None:
     started = time.monotonic()
+    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a run that was killed meanwhile
+        shutil.rmtree(leftover)
     with directory_atomic(directory) as output:
         job = ExportJob(
             candidate=candidate,

@@ -2,9 +2,9 @@
 
 A prompt is read by one batched call, an answer is written one token at a time, and the kernels differ:
 dynamic int8 kept 64 % of the demo model's quality on one path, 92 % on the other. So both are scored, on
-the same text, and the worse one counts. The share kept is reference perplexity / candidate perplexity, held to
-99 % by default as in the MLPerf Inference rules; next to it stand the mean KL divergence and the top-1
-agreement that llama.cpp's ``tools/perplexity`` reports (there: "Mean KLD", "Same top p").
+the same windows, and the worse one counts. The share kept is reference perplexity / candidate perplexity,
+held to 99 % by default as in the MLPerf Inference rules; next to it stand the mean KL divergence and the
+top-1 agreement that llama.cpp's ``tools/perplexity`` reports (there: "Mean KLD", "Same top p").
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from open_autoglm.quality.reference import (
     NonFiniteError,
     Predictions,
     Reference,
+    all_logits,
     continue_greedily,
     log_probs_of,
-    next_token_logits,
     require_finite,
     require_shape,
     slices,
@@ -75,7 +75,7 @@ def score(
     """Judge ``session`` on ``evaluation_set`` against the file `compute_reference` wrote.
 
     Each path is read until it is clear on which side of ``limit`` its ratio lies, or to the end. The
-    prefill path reads one window per call; the decode path advances up to ``batch_size`` windows
+    prefill path reads one prompt per call; the decode path advances up to ``batch_size`` windows
     together, which must not exceed the session's own. NaN or infinity in any logits ends the scoring:
     the report then has ``finite=False``, ratio 0 and no scored tokens. Raises ValueError if the logits
     do not have the shape the contract promises or the reference belongs to another evaluation set.
@@ -115,10 +115,11 @@ def _in_turn(array: NDArray[Any]) -> NDArray[Any]:
 def _prefill(
     session: Session, evaluation_set: EvaluationSet, windows: Tokens, expected: Predictions
 ) -> Iterator[Comparison]:
-    """Every position of ``windows[rows, n]``, each window in one call."""
+    """Every prompt position of ``windows[rows, n]``, each prompt in one call."""
+    count = evaluation_set.layout.prompt_tokens
     for row, window in enumerate(windows):
-        logits = next_token_logits(session, window, evaluation_set.vocab_size)
-        compared = compare(logits, window[1:], expected.at(row))
+        logits = all_logits(session, window[:count], evaluation_set.vocab_size)
+        compared = compare(logits, window[1 : count + 1], expected.at((row, slice(count))))
         del logits  # or two windows' worth of them would be held during the next pass
         yield _stack([compared], axis=0)
 

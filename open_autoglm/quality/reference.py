@@ -24,9 +24,9 @@ from open_autoglm.files import sha256_file, write_atomic
 from open_autoglm.quality.texts import TEXTS, load_tokenizer, windows
 from open_autoglm.schemas import Checkpoint, Model, OptimizeSpec
 
-WINDOW_TOKENS = 512
-LONGEST_WINDOW_TOKENS = 2048
-SHORTEST_WINDOW_TOKENS = 64
+SHORTEST_PROMPT_TOKENS = 128
+LONGEST_PROMPT_TOKENS = 2048
+SHORTEST_CONTEXT_TOKENS = 64
 LEAST_WINDOWS = 2  # per text
 DECODE_TOKENS = 192  # per window, at most: short, so that a clear case can be settled after few
 GREEDY_TOKENS = 32
@@ -37,8 +37,9 @@ ROWS_AT_A_TIME = 64  # positions whose whole vocabulary is worked on at once: bo
 class Layout(Model):
     """How many windows of each text there are, how long, and which part of them is decoded.
 
-    The prefill path scores every position of a window. The decode path prefills its first
-    ``prompt_tokens`` and is then fed the next ``decode_tokens`` true tokens, one per call. Greedy
+    The first ``prompt_tokens`` of a window are as many as the workload's prompts have, so that the
+    kernels that are judged are the ones that are timed. The prefill path scores each of them; the decode
+    path prefills them and is then fed the next ``decode_tokens`` true tokens, one per call. Greedy
     continuations start from the same prefix of each text's first window. A session needs room for
     ``window_tokens``. A path whose verdict is clear early leaves the remaining windows unread.
     """
@@ -118,8 +119,7 @@ class NonFiniteError(ArithmeticError):
 def make_evaluation_set(checkpoint: Checkpoint, spec: OptimizeSpec, path: Path) -> EvaluationSet:
     """Draw the windows of both texts with ``spec.seed`` and save them as ``path``, atomically.
 
-    Windows are 512 tokens, more if prompts are longer (some errors grow with the prompt), never more
-    than the context. Raises UserError if the context or the texts are too short.
+    Raises UserError if the context or the texts are too short.
     """
     layout = plan_layout(checkpoint.context_tokens, spec)
     tokenizer = load_tokenizer(checkpoint)
@@ -140,24 +140,26 @@ def make_evaluation_set(checkpoint: Checkpoint, spec: OptimizeSpec, path: Path) 
 def plan_layout(context_tokens: int, spec: OptimizeSpec) -> Layout:
     """Spread at most ``spec.quality_tokens`` decoded tokens over two or more windows of each text.
 
-    The default of 3072 gives 8 windows of 512 tokens per text. Raises UserError if the context is too short.
+    The default of 3072 gives 8 windows of 192 decoded tokens per text. Prompts shorter than 128 tokens are
+    judged at 128, where a context means something. Raises UserError if the context is too short.
     """
-    if context_tokens < SHORTEST_WINDOW_TOKENS:
+    if context_tokens < SHORTEST_CONTEXT_TOKENS:
         raise UserError(
             f"the model's context of {context_tokens} tokens is too short to judge its quality: "
-            f"at least {SHORTEST_WINDOW_TOKENS} are needed"
+            f"at least {SHORTEST_CONTEXT_TOKENS} are needed"
         )
-    length = min(max(WINDOW_TOKENS, spec.prompt_tokens), LONGEST_WINDOW_TOKENS, context_tokens)
-    prefix = length // 2
-    # The last token of a window has no successor to be scored on.
-    decodable = min(DECODE_TOKENS, length - prefix - 1)
+    prompt = min(max(SHORTEST_PROMPT_TOKENS, spec.prompt_tokens), LONGEST_PROMPT_TOKENS)
+    # Leave room to decode; the last token of a window has no successor to be scored on.
+    prompt = min(prompt, context_tokens - min(DECODE_TOKENS, (context_tokens - 1) // 2) - 1)
+    decodable = min(DECODE_TOKENS, context_tokens - prompt - 1)
     per_text = max(LEAST_WINDOWS, math.ceil(spec.quality_tokens / (len(TEXTS) * decodable)))
+    decoded = spec.quality_tokens // (len(TEXTS) * per_text)
     return Layout(
         windows=per_text,
-        window_tokens=length,
-        prompt_tokens=prefix,
-        decode_tokens=spec.quality_tokens // (len(TEXTS) * per_text),
-        greedy_tokens=min(GREEDY_TOKENS, length - prefix),
+        window_tokens=prompt + decoded + 1,
+        prompt_tokens=prompt,
+        decode_tokens=decoded,
+        greedy_tokens=min(GREEDY_TOKENS, decoded),
     )
 
 
@@ -172,7 +174,7 @@ def compute_reference(session: Session, evaluation_set: EvaluationSet, out: Path
     described, greedy = [], []
     try:
         for window in tokens.reshape(-1, length):
-            logits = next_token_logits(session, window, evaluation_set.vocab_size)
+            logits = all_logits(session, window[:-1], evaluation_set.vocab_size)
             described.append(describe(logits, window[1:]))
             del logits  # or two windows' worth of them would be held during the next pass
         for prompt in tokens[:, 0, : layout.prompt_tokens]:
@@ -191,11 +193,12 @@ def compute_reference(session: Session, evaluation_set: EvaluationSet, out: Path
     write_atomic(out, buffer.getvalue())
 
 
-def next_token_logits(session: Session, window: Tokens, vocab_size: int) -> Logits:
-    """Logits of ``window[n]`` where a next token is there to be scored: ``float32[n - 1, vocab]``."""
-    logits = session.full_logits(window[None])
-    require_shape(logits, (1, len(window), vocab_size))
-    return logits[0, :-1]
+def all_logits(session: Session, window: Tokens, vocab_size: int) -> Logits:
+    """Logits of every position of ``window[n]``, read in one call: ``float32[n, vocab]``."""
+    batch = session.full_logits(window[None])
+    require_shape(batch, (1, len(window), vocab_size))
+    logits: Logits = batch[0]
+    return logits
 
 
 def describe(logits: Logits, targets: Tokens) -> Predictions:

@@ -1,0 +1,348 @@
+"""From a checkpoint to the files an engine needs: right by either route, learned once, stored by content."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from studies import demo_profile
+from tiny_models import VOCAB_SIZE, build_checkpoint
+
+from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.engines.contract import ExportContext, SessionOptions
+from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
+from open_autoglm.errors import UserError
+from open_autoglm.export import routes
+from open_autoglm.export.graph import FULL, LAST, external_data_names, write_full_logits_variant
+from open_autoglm.export.ledger import Ledger
+from open_autoglm.export.preflight import small_config, traits
+from open_autoglm.export.quantize import weight_only
+from open_autoglm.export.recipe import OnnxRecipe
+from open_autoglm.export.routes import NoRoute, choose_route, export_onnx, library_versions
+from open_autoglm.export.store import RECORD, check_disk, export_candidate
+from open_autoglm.measure.isolation import Failure
+from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel
+from open_autoglm.settings import Settings
+
+GENAI, TRANSFORMERS = "onnxruntime-genai", "transformers"
+FP32 = OnnxRecipe(weight_bits=32)
+TOKENS: NDArray[np.int64] = np.random.default_rng(0).integers(4, VOCAB_SIZE, (2, 24))
+
+Known = Callable[[Checkpoint, str, str, str], None]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """A tiny checkpoint of each model type, built once."""
+
+    @cache
+    def build(model_type: str) -> Checkpoint:
+        return load_checkpoint(str(build_checkpoint(tmp_path_factory.mktemp(model_type) / "it", model_type)))
+
+    return build
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.json")
+
+
+@pytest.fixture
+def know(ledger: Ledger) -> Known:
+    """Enter an outcome for a checkpoint and a route."""
+
+    def enter(checkpoint: Checkpoint, route: str, outcome: Any, reason: str = "told by a test") -> None:
+        config = traits(small_config(checkpoint))
+        ledger.put(checkpoint.model_type, route, config, library_versions(), outcome, reason)
+
+    return enter
+
+
+def export(checkpoint: Checkpoint, recipe: OnnxRecipe, tmp_path: Path) -> tuple[str, Path]:
+    """The route taken and the files, made in this process; the exporters' chatter is dropped."""
+    output = tmp_path / "export"
+    output.mkdir()
+    with contextlib.redirect_stdout(io.StringIO()):
+        route = export_onnx(checkpoint, recipe, ExportContext(output=output, ledger=tmp_path / "ledger.json"))
+    return route, output
+
+
+def torch_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(torch.from_numpy(tokens)).logits.numpy()
+    return logits
+
+
+# ── routes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("model_type", "route"),
+    [("glm", GENAI), ("llama", GENAI), ("qwen3", GENAI), ("glm4", TRANSFORMERS)],
+)
+def test_each_family_is_exported_by_its_route_and_equals_torch(
+    model_type: str,
+    route: str,
+    family: Callable[[str], Checkpoint],
+    know: Known,
+    tmp_path: Path,
+) -> None:
+    """Both graphs agree with torch: the whole sequence at once, a prompt, and tokens one by one."""
+    checkpoint = family(model_type)
+    if route == TRANSFORMERS:
+        know(checkpoint, route, "works")  # its preflight is one more trace of 10 s
+    taken, output = export(checkpoint, FP32, tmp_path)
+    assert taken == route
+    expected = torch_logits(checkpoint, TOKENS)
+    session = OnnxRuntimeSession(output, SessionOptions(batch_size=2, max_tokens=24, threads=1))
+    np.testing.assert_allclose(session.full_logits(TOKENS), expected, atol=1e-3)
+    np.testing.assert_allclose(session.prefill(TOKENS[:, :20]), expected[:, 19], atol=1e-3)
+    for position in range(20, 24):
+        found = session.decode(TOKENS[:, position])
+        np.testing.assert_allclose(found, expected[:, position], atol=1e-3)
+
+
+def test_an_export_holds_two_graphs_over_one_set_of_weights(
+    family: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    """The graph for quality costs kilobytes, names the same data, and gives logits of every position."""
+    import onnx
+
+    _, output = export(family("glm"), FP32, tmp_path)
+    assert {file.name for file in output.iterdir()} == {LAST, f"{LAST}.data", FULL, "decoder.json"}
+    assert external_data_names(output / LAST) == external_data_names(output / FULL) == {f"{LAST}.data"}
+    assert (output / FULL).stat().st_size < 100_000
+
+    def positions(name: str) -> Any:
+        graph = onnx.load(output / name, load_external_data=False).graph
+        return next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[1]
+
+    assert positions(LAST).dim_value == 1
+    assert positions(FULL).dim_param == "sequence_length"
+
+
+def test_a_graph_that_already_gives_every_position_stays_as_it_is(tmp_path: Path) -> None:
+    """The other route's graphs have no gather to remove."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.FLOAT, ["batch", "sequence", 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 8])
+    graph = helper.make_graph([helper.make_node("Relu", ["input_ids"], ["logits"])], "g", [ids], [logits])
+    onnx.save(helper.make_model(graph), tmp_path / LAST)
+    write_full_logits_variant(tmp_path)
+    assert onnx.load(tmp_path / FULL) == onnx.load(tmp_path / LAST)
+    with pytest.raises(RuntimeError, match="no MatMul"):
+        weight_only(onnx.load(tmp_path / LAST), OnnxRecipe(weight_bits=8))
+
+
+# ── the ledger ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_preflight_finds_is_entered_and_believed(
+    family: Callable[[str], Checkpoint], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second export of a model type asks the ledger instead of trying again."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert choose_route(family("llama"), tmp_path / "ledger.json", tmp_path / "one").NAME == GENAI
+    (entry,) = ledger.entries().values()
+    assert (entry.model_type, entry.route, entry.outcome) == ("llama", GENAI, "works")
+    assert entry.versions == library_versions()
+    monkeypatch.setattr(routes, "check_route", unexpected)
+    assert choose_route(family("llama"), tmp_path / "ledger.json", tmp_path / "two").NAME == GENAI
+
+
+def unexpected(*_: Any) -> None:
+    raise AssertionError("a second preflight")
+
+
+def test_a_route_that_fails_its_preflight_gives_way_to_the_next(
+    family: Callable[[str], Checkpoint], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why it failed is entered, in one line, and not tried again."""
+    asked: list[str] = []
+
+    def only_transformers(route: Any, *_: Any) -> None:
+        asked.append(route.NAME)
+        if route.NAME == GENAI:
+            raise KeyError("rope_theta\nand a long trace")
+
+    monkeypatch.setattr(routes, "check_route", only_transformers)
+    for attempt in ("one", "two"):
+        (tmp_path / attempt).mkdir()
+        route = choose_route(family("llama"), tmp_path / "ledger.json", tmp_path / attempt)
+        assert route.NAME == TRANSFORMERS
+    assert asked == [GENAI, TRANSFORMERS]
+    failed = next(entry for entry in ledger.entries().values() if entry.route == GENAI)
+    assert failed.outcome == "fails"
+    assert "rope_theta" in failed.reason
+    assert "\n" not in failed.reason
+
+
+def test_a_preflight_that_ended_the_process_counts_as_failed(
+    family: Callable[[str], Checkpoint],
+    ledger: Ledger,
+    know: Known,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An entry that was begun and never finished is a crash, and is not begun again."""
+    know(family("llama"), GENAI, "begun")
+    know(family("llama"), TRANSFORMERS, "works")
+    monkeypatch.setattr(routes, "check_route", unexpected)
+    assert choose_route(family("llama"), tmp_path / "ledger.json", tmp_path).NAME == TRANSFORMERS
+    crashed = next(entry for entry in ledger.entries().values() if entry.route == GENAI)
+    assert crashed.outcome == "fails"
+    assert "ended the process" in crashed.reason
+
+
+def test_if_no_route_is_right_each_says_why(
+    family: Callable[[str], Checkpoint], know: Known, tmp_path: Path
+) -> None:
+    """The trial's reason names every route with its own."""
+    know(family("glm4"), TRANSFORMERS, "fails", "logits differ by 3 standard deviations")
+    with pytest.raises(NoRoute) as caught:
+        choose_route(family("glm4"), tmp_path / "ledger.json", tmp_path)
+    assert f"{GENAI}: the onnxruntime-genai builder has no verified class" in str(caught.value)
+    assert f"{TRANSFORMERS}: logits differ by 3 standard deviations" in str(caught.value)
+
+
+def test_other_library_versions_are_other_entries(
+    family: Callable[[str], Checkpoint], ledger: Ledger, know: Known
+) -> None:
+    """An upgrade may mend or break a route, so it is tried anew."""
+    know(family("llama"), GENAI, "works")
+    config = traits(small_config(family("llama")))
+    newer = library_versions() | {"onnxruntime-genai": "99.0"}
+    assert ledger.get("llama", GENAI, config, library_versions()) is not None
+    assert ledger.get("llama", GENAI, config, newer) is None
+
+
+# ── the store ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def store(fake_engine: Callable[..., Candidate], settings: Settings, tiny_glm: Path) -> Callable[..., Any]:
+    """Export with the third-party engine; the knob says how it goes."""
+    checkpoint = load_checkpoint(str(tiny_glm))
+
+    def run(how: str) -> ExportedModel | Failure:
+        candidate = fake_engine("fake-it", export=how)
+        return export_candidate(candidate, checkpoint, settings, settings.home / "log")
+
+    return run
+
+
+def test_an_export_is_made_once(store: Callable[..., Any], settings: Settings) -> None:
+    """The second time the same files are found, however deep they lie."""
+    first, second = store("works"), store("works")
+    assert not first.reused
+    assert first.route == "by hand"
+    assert (first.path / "deep" / "graph.txt").read_text() == "tiny-glm as fake-it"
+    assert first.size_bytes == sum(f.stat().st_size for f in first.path.rglob("*") if f.is_file()) - (
+        (first.path / RECORD).stat().st_size
+    )
+    assert second == first.model_copy(update={"reused": True})
+    assert first.path.parent == settings.exports
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: (path / "weights.bin").write_bytes(b"W" * 1000), "weights.bin .* did not match"),
+        (lambda path: (path / "weights.bin").unlink(), "weights.bin was missing"),
+        (lambda path: (path / RECORD).write_text("{"), "export.json .* could not be read"),
+    ],
+    ids=["changed", "missing", "record"],
+)
+def test_a_damaged_export_is_made_again_and_says_so(
+    damage: Callable[[Path], object], told: str, store: Callable[..., Any]
+) -> None:
+    """Nothing stale can look fresh: the files are compared with their digests at every use."""
+    first = store("works")
+    damage(first.path)
+    again = store("works")
+    assert not again.reused
+    assert again.digest == first.digest
+    assert re.search(told, again.details["rebuilt_because"])
+    assert store("works").reused
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("raises", "failed", "RuntimeError: no kernel for this model"),
+        ("segfaults", "crashed", "ended with SIGSEGV"),
+        ("ends", "crashed", "ended without an answer"),
+    ],
+)
+def test_a_failed_export_leaves_nothing_half_written(
+    how: str, status: str, reason: str, store: Callable[..., Any], settings: Settings
+) -> None:
+    """Only the empty lock file stays, and the reason comes back."""
+    assert store(how) == Failure(status, reason)  # type: ignore[arg-type]
+    assert [path.suffix for path in settings.exports.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_export_left_is_cleared_away(store: Callable[..., Any], settings: Settings) -> None:
+    """A process that is killed cannot tidy up; the next export of the same files does."""
+    path = store("works").path
+    path.rename(path.with_name(f".{path.name}.k1ll3d"))
+    assert not store("works").reused
+    assert sorted(p.name for p in settings.exports.iterdir()) == [path.name, f"{path.name}.lock"]
+
+
+def test_an_engine_that_loads_the_checkpoint_needs_no_export(settings: Settings, tiny_glm: Path) -> None:
+    """Its files are the checkpoint's, under the checkpoint's digest."""
+    checkpoint = load_checkpoint(str(tiny_glm))
+    candidate = fp32_of("torch")
+    exported = export_candidate(candidate, checkpoint, settings, settings.home / "log")
+    assert isinstance(exported, ExportedModel)
+    assert (exported.path, exported.digest, exported.reused) == (checkpoint.path, checkpoint.digest, True)
+    assert not settings.home.exists()
+
+
+def fp32_of(engine: str) -> Candidate:
+    return Candidate(
+        id=f"{engine}-fp32",
+        engine=engine,
+        device="cpu",
+        precision="fp32",
+        weight_bits=32,
+        knobs={"dynamic_int8": False},
+        proposed_because="",
+    )
+
+
+def test_a_disk_too_small_is_found_before_the_first_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence says how much is needed, where, how much is free, and three ways out."""
+    exporting = [fp32_of("onnxruntime")]
+
+    def free(count: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=count))
+
+    free(10 * 2**30)
+    check_disk(exporting, demo_profile(), tmp_path / "not" / "there")
+    free(100 * 2**20)
+    with pytest.raises(UserError, match=f"{tmp_path} has 100 MiB free") as caught:
+        check_disk(exporting, demo_profile(), tmp_path / "not" / "there")
+    assert "AUTOGLM_HOME" in str(caught.value)
+    check_disk([fp32_of("torch")], demo_profile(), tmp_path)
+    check_disk([exporting[0].vetoed("no need")], demo_profile(), tmp_path)

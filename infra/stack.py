@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,31 +47,11 @@ log = logging.getLogger("stack")
 # ── what runs ────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Running:
-    """A service's process."""
-
-    process: psutil.Process
-    started: datetime
-
-
-@dataclass(frozen=True)
-class Service:
-    """One process of the stack and how to ask it whether it works (given when it was started)."""
-
-    name: str
-    command: tuple[str, ...]
-    address: str
-    healthy: Callable[[datetime], bool]
-    port: int | None = None
-    port_variable: str = ""
-
-
 def services(settings: Settings) -> tuple[Service, ...]:
-    """In the order they are started: the worker needs Prefect's server."""
+    """In the order they are started, the worker last: it needs Prefect's server."""
     prefect = Service(
         name="prefect",
-        command=python("prefect", "server", "start"),
+        command=python("prefect", "server", "start", "--host", HOST, "--port", str(settings.prefect_port)),
         address=settings.prefect_url,
         healthy=lambda _: is_up(f"{settings.prefect_url}/api"),
         port=settings.prefect_port,
@@ -84,30 +64,23 @@ def services(settings: Settings) -> tuple[Service, ...]:
         address=f"work pool {POOL}",
         healthy=lambda started: heartbeat_since(started, settings),
     )
-    return (prefect, worker) if serves_mlflow_elsewhere(settings) else (prefect, mlflow(settings), worker)
+    if settings.mlflow_uri.startswith(("http://", "https://")):
+        return prefect, worker  # MLflow is served elsewhere
+    return prefect, mlflow(settings), worker
 
 
 def mlflow(settings: Settings) -> Service:
-    """MLflow on the database that studies write to directly; one process instead of its ten."""
+    """MLflow's pages over the database and the files that studies write themselves."""
     port = settings.mlflow_port
-    command = python(
-        "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
-        "--backend-store-uri", settings.mlflow_uri,
-        "--artifacts-destination", str(settings.mlflow_artifacts),
-        "--allowed-hosts", f"localhost:{port},{HOST}:{port}",
-    )  # fmt: skip
     return Service(
         name="mlflow",
-        command=command,
-        address=settings.mlflow_url,
+        command=python("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        # Without the mode, its pages open on generative AI instead of experiments and models.
+        address=f"{settings.mlflow_url}/#/experiments?workflowType=machine_learning",
         healthy=lambda _: is_up(settings.mlflow_url),
         port=port,
         port_variable="AUTOGLM_MLFLOW_PORT",
     )
-
-
-def serves_mlflow_elsewhere(settings: Settings) -> bool:
-    return settings.mlflow_uri.startswith(("http://", "https://"))
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -123,12 +96,13 @@ def environment(settings: Settings) -> Mapping[str, str]:
         "AUTOGLM_MLFLOW_PORT": str(settings.mlflow_port),
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_API_URL": f"{settings.prefect_url}/api",
-        "PREFECT_SERVER_API_HOST": HOST,
-        "PREFECT_SERVER_API_PORT": str(settings.prefect_port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": LOGGER,  # progress lines are shown among the run's logs
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri,  # not an argument: it may hold a password
+        "MLFLOW_ARTIFACTS_DESTINATION": str(settings.mlflow_artifacts),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"localhost:{settings.mlflow_port},{HOST}:{settings.mlflow_port}",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes and 500 MB
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
     }
@@ -136,133 +110,46 @@ def environment(settings: Settings) -> Mapping[str, str]:
 
 def heartbeat_since(started: datetime, settings: Settings) -> bool:
     """Whether the worker has reported to the server since it was started."""
-    request = urllib.request.Request(
-        f"{settings.prefect_url}/api/work_pools/{POOL}/workers/filter",
-        data=b"{}",
-        headers={"Content-Type": "application/json"},
-    )
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
-            workers: list[dict[str, Any]] = json.load(response)
+        workers = ask_prefect(settings, f"work_pools/{POOL}/workers/filter", {})
     except OSError:  # no server, or no pool yet: the worker creates it
         return False
     beats = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
     return any(datetime.fromisoformat(beat) > started for beat in beats)
 
 
-# ── processes ────────────────────────────────────────────────────────────────────────────────────
+def bury_dead_runs(settings: Settings) -> None:
+    """Tell the server of runs that died with the last worker: they would hold up every later study."""
+    unfinished = {
+        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}},
+        "work_pools": {"name": {"any_": [POOL]}},
+    }
+    crashed = {
+        "type": "CRASHED",
+        "message": "The worker was stopped. Run it again: it goes on where it stopped.",
+    }
+    for run in ask_prefect(settings, "flow_runs/filter", unfinished):
+        if not is_flow_process(run["infrastructure_pid"]):
+            ask_prefect(settings, f"flow_runs/{run['id']}/set_state", {"state": crashed})
+            log.info("marked as crashed, because its worker was stopped: %s", run["name"])
 
 
-class Processes:
-    """Starts, finds and ends services by the pid files and logs under one home."""
-
-    def __init__(self, home: Path, environment: Mapping[str, str]) -> None:
-        self._home = home
-        self._environment = environment
-
-    def find(self, service: Service) -> Running | None:
-        """The service's process, if it runs; otherwise what is left of its pid file is removed.
-
-        The kernel gives the pid of a dead process to another one, so the command line must match too.
-        """
-        path = self._pid_path(service)
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        with suppress(psutil.Error):
-            process = psutil.Process(record["pid"])
-            if process.cmdline() == record["command"]:
-                return Running(process, datetime.fromisoformat(record["started"]))
-        path.unlink()
-        return None
-
-    def start(self, service: Service) -> None:
-        """Start the service in a process group of its own. Raises UserError if its port is taken."""
-        if service.port is not None and is_taken(service.port):
-            raise UserError(
-                f"{service.name} cannot start: another program listens on port {service.port}; "
-                f"stop it, or set {service.port_variable} to a free port"
-            )
-        started = datetime.now(UTC).isoformat()
-        with self._log(service.name).open("ab") as output:
-            process = subprocess.Popen(service.command, start_new_session=True, **self._surroundings(output))
-        record = {"pid": process.pid, "started": started, "command": service.command}
-        write_atomic(self._pid_path(service), json.dumps(record))
-
-    def wait_until_healthy(self, service: Service) -> None:
-        """Return once the service works. Raises UserError with the end of its log if it does not."""
-        deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline:
-            running = self.find(service)
-            if running is None:
-                raise UserError(f"{service.name} ended while it started; {self._end_of_log(service.name)}")
-            if service.healthy(running.started):
-                return
-            time.sleep(0.5)
-        raise UserError(f"{service.name} is silent after {START_LIMIT_S} s; {self._end_of_log(service.name)}")
-
-    def stop(self, service: Service) -> bool:
-        """End the service and all it started, the stubborn with SIGKILL. False if it was down."""
-        running = self.find(service)
-        if running is None:
-            return False
-        family = [running.process, *running.process.children(recursive=True)]
-        os.killpg(running.process.pid, signal.SIGTERM)
-        _, stubborn = psutil.wait_procs(family, timeout=STOP_LIMIT_S)
-        for survivor in stubborn:
-            with suppress(psutil.NoSuchProcess):
-                survivor.kill()
-        psutil.wait_procs(stubborn, timeout=5)
-        self._pid_path(service).unlink()
-        return True
-
-    def run(self, name: str, command: tuple[str, ...]) -> None:
-        """Run a command to its end. Raises UserError with the end of its log if it fails."""
-        with self._log(name).open("ab") as output:
-            done = subprocess.run(command, check=False, **self._surroundings(output))
-        if done.returncode != 0:
-            raise UserError(f"{name} failed; {self._end_of_log(name)}")
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep a second `up` or `down` out. Raises UserError if one is at work."""
-        try:
-            with file_lock(self._home / "run" / "stack.lock", blocking=False):
-                yield
-        except BlockingIOError:
-            raise UserError("another make up or make down is at work: wait until it has finished") from None
-
-    def _surroundings(self, output: IO[bytes]) -> dict[str, Any]:
-        return {
-            "cwd": PROJECT,
-            "env": self._environment,
-            "stdin": subprocess.DEVNULL,
-            "stdout": output,
-            "stderr": subprocess.STDOUT,
-        }
-
-    def _pid_path(self, service: Service) -> Path:
-        return self._home / "run" / f"{service.name}.json"
-
-    def _log(self, name: str) -> Path:
-        path = self._home / "logs" / f"{name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def _end_of_log(self, name: str) -> str:
-        path = self._log(name)
-        return f"{path} ends with:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-5:])
+def is_flow_process(pid: str | None) -> bool:
+    try:
+        return pid is not None and "prefect.engine" in psutil.Process(int(pid)).cmdline()
+    except psutil.Error:
+        return False
 
 
-def is_taken(port: int) -> bool:
-    """Whether somebody listens on the port; the last connections of an ended server do not count."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return True
-    return False
+def ask_prefect(settings: Settings, path: str, body: Mapping[str, Any]) -> Any:
+    """POST to Prefect's REST API. Raises OSError if it refuses or does not answer."""
+    request = urllib.request.Request(
+        f"{settings.prefect_url}/api/{path}",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
 
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────
@@ -278,20 +165,24 @@ def up() -> None:
     """Start what is down, wait until it works, and deploy prefect.yaml."""
     settings = Settings()
     processes = Processes(settings.home, environment(settings))
+    *servers, worker = services(settings)
     with processes.alone():
-        servers = [service for service in services(settings) if service.port is not None]
-        others = [service for service in services(settings) if service.port is None]
-        for together in (servers, others):
-            bring_up(processes, together)
+        bring_up(processes, servers)
+        if processes.find(worker) is None:
+            bury_dead_runs(settings)
+        bring_up(processes, [worker])
         processes.run("deploy", python("prefect", "--no-prompt", "deploy", "--all"))
-    log.info("run a study: %s, or", f"{settings.prefect_url}/deployments")
+    log.info("Start a study: %s/deployments, then Run. make down stops all this.", settings.prefect_url)
 
 
-def bring_up(processes: Processes, wanted: list[Service]) -> None:
-    """Start services side by side and wait for all of them."""
+def bring_up(processes: Processes, wanted: Sequence[Service]) -> None:
+    """Start services side by side and wait for all of them. Raises UserError if one cannot be used."""
     for service in wanted:
-        if processes.find(service) is None:
+        running = processes.find(service)
+        if running is None:
             processes.start(service)
+        elif running.command != service.command:
+            raise UserError(f"{service.name} runs already, with other settings: make down first")
     for service in wanted:
         processes.wait_until_healthy(service)
         log.info("%-8s is up: %s", service.name, service.address)
@@ -305,7 +196,7 @@ def down() -> None:
     with processes.alone():
         for service in reversed(services(settings)):
             was_up = processes.stop(service)
-            log.info("%-8s %s", service.name, "stopped" if was_up else "was not up")
+            log.info("%-8s %s", service.name, "is down" if was_up else "was not up")
 
 
 @cli.command()
@@ -313,15 +204,10 @@ def status() -> None:
     """Say what runs; exit code 1 unless all of it works."""
     settings = Settings()
     processes = Processes(settings.home, environment(settings))
-    works = True
-    for service in services(settings):
-        running = processes.find(service)
-        state = "down"
-        if running is not None:
-            state = "up" if service.healthy(running.started) else "does not answer"
-        works = works and state == "up"
-        log.info("%-8s %-16s %s", service.name, state, service.address)
-    sys.exit(0 if works else 1)
+    states = {service: processes.state(service) for service in services(settings)}
+    for service, state in states.items():
+        log.info("%-8s %-15s %s", service.name, state, service.address)
+    sys.exit(0 if set(states.values()) == {"up"} else 1)
 
 
 def main() -> None:

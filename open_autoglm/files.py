@@ -22,6 +22,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)  # mkstemp makes files that only their owner can read
             file.write(data.encode() if isinstance(data, str) else data)
         Path(temporary).replace(path)
     except BaseException:

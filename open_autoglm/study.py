@@ -101,7 +101,7 @@ def check_output(output: Path) -> None:
 
 
 def check_claim(root: Path, key: str) -> StudyRef | None:
-    """The study that ``root`` belongs to, if it is the one of ``key``. Raises StudyError if it is another's."""
+    """The study in ``root``, if it is the one of ``key``. Raises StudyError if it is another."""
     check_output(root)
     if not (root / IDENTITY).exists():
         return None

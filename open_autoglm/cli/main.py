@@ -128,7 +128,7 @@ def demo_model(directory: Path) -> None:
 def main() -> None:
     """Entry point: turns expected errors into one sentence and an exit code."""
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="open-autoglm", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("interrupted; the same command goes on where it stopped", err=True)
         sys.exit(EXIT_INTERRUPTED)

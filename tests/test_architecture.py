@@ -1,0 +1,220 @@
+"""The directions of the arrows: who may import whom, and when. Read from the source; nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
+RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "tensorrt"}
+
+WHO_MAY_IMPORT = {
+    "prefect": {"flows/", "tasks/"},
+    "tasks": {"flows/", "tasks/"},
+    "flows": {"flows/", "open_autoglm/cli/commands.py"},
+    "mlflow": {"open_autoglm/tracking.py", "open_autoglm/pyfunc_model.py"},
+    "great_expectations": {"open_autoglm/quality/gates.py"},
+    "onnxruntime": {"open_autoglm/engines/onnxruntime_engine.py", "open_autoglm/export/"},
+    "onnxruntime_genai": {"open_autoglm/export/"},
+    "onnx": {"open_autoglm/export/"},
+    "tensorrt": {"open_autoglm/engines/nvidia.py"},
+    "gguf": {"open_autoglm/demo_model.py"},
+    "matplotlib": {"open_autoglm/figures.py"},
+    "jinja2": {"open_autoglm/report.py"},
+    "torch": {
+        "open_autoglm/engines/torch_engine.py",
+        "open_autoglm/export/",
+        "open_autoglm/analysis.py",  # the module tree, on the meta device
+        "open_autoglm/checkpoint.py",  # the same
+        "open_autoglm/weights.py",  # pickles, if they are allowed
+        "open_autoglm/demo_model.py",
+        "open_autoglm/hardware_bench.py",  # matmul peaks
+    },
+}
+"""Files, or folders with a slash, that may import each library; nobody else may."""
+
+LIGHT = {"open_autoglm", "click", "pydantic", "pydantic_core", "pydantic_settings", "numpy"}
+"""What the core may import at module level and the command line therefore pays for."""
+
+
+class Import(NamedTuple):
+    file: str
+    module: str
+    deferred: bool
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file} imports {self.module}"
+
+
+def sources(*packages: str) -> list[Path]:
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """All imports in a file. Deferred ones are inside a function, or for type checkers only."""
+    file = path.relative_to(ROOT).as_posix()
+
+    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(file, alias.name, deferred) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield Import(file, node.module or "", deferred)
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, deferred or function or typing_only)
+
+    return visit(ast.parse(path.read_text()), deferred=False)
+
+
+IMPORTS = [found for path in sources(CORE, TASKS, FLOWS) for found in imports_of(path)]
+
+
+def requirements(*extras: str) -> set[str]:
+    """Names of the packages pyproject.toml asks for, as indexes write them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"]]
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return {normal(re.split(r"[\[<>=!~ ]", line, maxsplit=1)[0]) for line in lines}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# ── arrows ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("library", WHO_MAY_IMPORT)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    """Each framework and runtime has its own place, so that it can be replaced there."""
+    places = tuple(WHO_MAY_IMPORT[library])
+    users = [found for found in IMPORTS if found.package == library]
+    assert [str(found) for found in users if not found.file.startswith(places)] == []
+
+
+def test_only_the_command_line_knows_the_flow() -> None:
+    """The one arrow upwards, and inside a function: the command line runs the flow itself."""
+    upwards = [f for f in IMPORTS if f.file.startswith(CORE) and f.package in (FLOWS, TASKS)]
+    assert [str(found) for found in upwards] == ["open_autoglm/cli/commands.py imports flows.optimize"]
+    assert upwards[0].deferred
+
+
+def test_tasks_do_not_know_the_flow() -> None:
+    """A task can be used in another flow."""
+    assert [str(f) for f in IMPORTS if f.file.startswith(TASKS) and f.package == FLOWS] == []
+
+
+def test_the_core_does_not_know_the_command_line() -> None:
+    """What the product knows can be used without a terminal."""
+    inside = [f for f in IMPORTS if f.file.startswith(CORE) and not f.file.startswith("open_autoglm/cli/")]
+    assert [str(found) for found in inside if found.module.startswith("open_autoglm.cli")] == []
+
+
+def test_runtimes_are_imported_inside_functions_only() -> None:
+    """So that listing the engines costs nothing and a missing runtime is a reason, not an error."""
+    early = [f for f in IMPORTS if f.package in RUNTIMES and not f.deferred]
+    assert [str(found) for found in early] == []
+
+
+HEAVY_BY_NATURE = {
+    "open_autoglm/pyfunc_model.py": {"mlflow", "pandas"},  # MLflow itself runs this file
+    "open_autoglm/trials.py": {"psutil"},
+}
+
+
+def test_the_core_is_light_at_module_level() -> None:
+    """Importing any of it, an engine included, imports no library that takes seconds."""
+    early = [f for f in IMPORTS if f.file.startswith(CORE) and not f.deferred]
+    heavy = [
+        str(f)
+        for f in early
+        if f.package not in LIGHT | sys.stdlib_module_names | HEAVY_BY_NATURE.get(f.file, set())
+    ]
+    assert heavy == []
+
+
+def test_engines_do_not_know_each_other() -> None:
+    """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
+    allowed = {"open_autoglm.engines.contract", "open_autoglm.engines.nvidia"}
+    found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]
+    rivals = [f for f in found if f.module.startswith("open_autoglm.engines") and f.module not in allowed]
+    assert [str(found) for found in rivals] == []
+
+
+# ── packages ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_flow_shadows_a_library() -> None:
+    """Prefect may put flows/ first on the path: ``evaluate.py`` there would be everybody's `evaluate`."""
+    taken = set(sys.stdlib_module_names) | set(packages_distributions())
+    names = {path.stem for path in (ROOT / FLOWS).glob("*.py")} - {"__init__"}
+    assert names
+    assert names & taken == set()
+
+
+BROUGHT_BY = {
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+    "pydantic_core": "pydantic",
+    "markupsafe": "jinja2",
+}
+"""Parts of another library's interface, of the version that library chooses."""
+
+
+def test_every_library_that_is_imported_is_asked_for() -> None:
+    """Nothing works only because something else happens to bring it."""
+    asked, providers = requirements("cpu", "gpu"), packages_distributions()
+    ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
+    unasked = []
+    for found in IMPORTS:
+        package = BROUGHT_BY.get(found.package, found.package)
+        distributions = {normal(name) for name in providers.get(package, [package])}
+        if package not in ours and not distributions & asked:
+            unasked.append(str(found))
+    assert unasked == []
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = (line.partition("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {normal(name.strip()): version.strip() for name, _, version in pairs}
+
+
+def pinned() -> dict[str, Any]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    return {normal(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
+
+
+def test_every_dependency_is_locked() -> None:
+    """In constraints.txt or by an exact pin: one set of versions that is known to run together."""
+    assert sorted(requirements("cpu") - locked().keys() - pinned().keys()) == []
+
+
+def test_no_package_has_two_versions() -> None:
+    """An exact pin in pyproject.toml is the locked version."""
+    twice = pinned().keys() & locked().keys()
+    assert {name: pinned()[name] for name in twice} == {name: locked()[name] for name in twice}
+
+
+def test_every_runtime_dependency_has_its_reason_written() -> None:
+    """One line each in docs/dependencies.md."""
+    written = normal((ROOT / "docs" / "dependencies.md").read_text().replace("`", " "))
+    missing = [name for name in requirements("cpu") if not re.search(rf"(?<![\w-]){name}(?![\w-])", written)]
+    assert missing == []

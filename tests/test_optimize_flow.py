@@ -1,0 +1,254 @@
+"""The whole story on tiny real models: run, resumed, repeated, without an answer, and killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from studies import demo_hardware
+
+from open_autoglm import engines
+from open_autoglm.export.store import RECORD
+from open_autoglm.hardware import probe_hardware
+from open_autoglm.hardware_bench import Peaks
+from open_autoglm.schemas import OptimizeSpec, Study
+from open_autoglm.settings import Settings
+from open_autoglm.study import RESULT, load_study
+
+SMALL: dict[str, Any] = {
+    "prompt_tokens": 32,
+    "output_tokens": 8,
+    "rounds": 3,
+    "quality_tokens": 64,
+    "min_quality": 0.5,
+}
+FLAGS = ["--input-shape=1,32", "--output-tokens=8", "--rounds=3", "--quality-tokens=64", "--min-quality=0.5"]
+OPTIMIZE = [str(Path(sys.executable).with_name("open-autoglm")), "optimize", *FLAGS, "--json"]
+ONNX = ("onnxruntime-dynamic-int8", "onnxruntime-fp32", "onnxruntime-w4-b32", "onnxruntime-w8-b32")
+
+pytestmark = pytest.mark.usefixtures("prefect_harness")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """One home for all studies here, the third-party engine installed, no compiler, the peaks made up."""
+    root = tmp_path_factory.mktemp("flow")
+    plugin = Path(__file__).parent / "plugin"
+    peaks = Peaks(**demo_hardware().model_dump(include=set(Peaks.model_fields)), foreign_share=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOGLM_HOME", str(root / "home"))
+        patch.setenv("CXX", "no-compiler-here")  # compiling takes longer than all the rest
+        patch.setenv("PYTHONPATH", str(plugin))
+        patch.syspath_prepend(plugin)
+        patch.setattr("open_autoglm.hardware.measure_peaks", lambda *_: peaks)
+        for cached in (engines.names, engines.get):
+            cached.cache_clear()
+        probe_hardware(root / "home" / "hardware")
+        yield Settings()
+    for cached in (engines.names, engines.get):
+        cached.cache_clear()
+
+
+def optimize(spec: OptimizeSpec) -> Study:
+    from flows.optimize import optimize
+
+    study: Study = optimize(spec)
+    return study
+
+
+def versions(name: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    return list(MlflowClient(Settings().mlflow_uri).search_model_versions(f"name = '{name}'"))
+
+
+def modified(folder: Path) -> dict[str, int]:
+    """When each file was written last, in ns."""
+    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
+
+
+# ── a tiny Llama, in this process ────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def spec(settings: Settings, tiny_llama: Path) -> OptimizeSpec:
+    return OptimizeSpec(
+        model_path=str(tiny_llama),
+        engines=("onnxruntime", "tensorrt", "fake"),
+        output=str(settings.home.parent / "llama"),
+        **SMALL,
+    )
+
+
+@pytest.fixture(scope="module")
+def study(spec: OptimizeSpec) -> Study:
+    return optimize(spec)
+
+
+def test_every_candidate_has_its_story(study: Study) -> None:
+    """Measured and judged, crashed, or vetoed: each says what became of it, and none stops the others."""
+    stories = {trial.id: trial.status for trial in study.trials}
+    assert stories == {
+        **dict.fromkeys(ONNX, "ok"),
+        "fake-crash": "crashed",
+        "tensorrt-fp16": "vetoed",
+    }
+    assert study.trial("fake-crash").reason == "benchmark: ended with SIGSEGV"
+    assert "NVIDIA" in study.trial("tensorrt-fp16").reason
+    for name in ONNX:
+        trial = study.trial(name)
+        assert trial.quality is not None
+        assert trial.metrics["ttft_ms"].samples == 3
+        assert len(trial.metrics["ttft_ms"].values) == 3
+        assert trial.metrics["peak_rss_bytes"].median > 2**20
+        assert trial.mlflow_run_id is not None
+
+
+def test_an_exact_engine_keeps_all_of_the_quality(study: Study) -> None:
+    """The same arithmetic as the reference gives its perplexity, on both paths."""
+    quality = study.trial("onnxruntime-fp32").quality
+    assert quality is not None
+    assert quality.prefill.ratio == pytest.approx(1, abs=1e-4)
+    assert quality.decode.ratio == pytest.approx(1, abs=1e-4)
+    assert quality.greedy_same_tokens == (quality.greedy_tokens,) * 2
+
+
+def test_the_champion_is_the_quickest_that_is_allowed(study: Study) -> None:
+    """The verdict, the champion and the gate agree."""
+    assert study.verdict.kind == "champion"
+    assert study.gate is not None
+    assert study.gate.passed
+    feasible = [trial for trial in study.trials if trial.feasible]
+    quickest = min(feasible, key=lambda trial: trial.metrics["e2e_ms"].median)
+    assert study.champion == quickest.id
+    assert study.champion in study.pareto
+
+
+def test_the_directory_holds_the_whole_study(study: Study) -> None:
+    """The result reads back as it was returned, with samples, logs, report, figures, bundle and Data Docs."""
+    root = study.output_dir
+    assert load_study(root) == study
+    page = (root / "report.html").read_text()
+    for trial in study.trials:
+        assert trial.id in page
+    assert (root / "bundle" / "manifest.json").is_file()
+    assert (root / "data-docs" / "index.html").is_file()
+    assert {f"{name}.json" for name in ONNX} == {path.name for path in (root / "samples").iterdir()}
+    assert (root / "logs" / "fake-crash-benchmark.log").is_file()
+    assert [path.name for path in root.rglob(".*") if path.name != ".lock"] == []
+
+
+def test_the_registry_serves_the_champion(study: Study) -> None:
+    """By its alias, through MLflow alone, it continues a text; each trial has a run below the study's."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    assert study.registration is not None
+    client = MlflowClient(Settings().mlflow_uri)
+    mlflow.set_tracking_uri(Settings().mlflow_uri)
+    model = mlflow.pyfunc.load_model(f"models:/{study.registration.model_name}@champion")
+    (answer,) = model.predict(["The capital of France"], params={"max_new_tokens": 4})
+    assert isinstance(answer, str)
+    parent = client.get_run(study.registration.run_id)
+    assert parent.info.status == "FINISHED"
+    below = client.search_runs(
+        [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    )
+    assert {run.info.run_name for run in below} == {trial.id for trial in study.trials}
+
+
+def test_running_it_again_repeats_nothing(study: Study, spec: OptimizeSpec) -> None:
+    """Trials and exports stay as they are, the champion is confirmed, and no second version is made."""
+    kept = [study.output_dir / "trials", study.output_dir / "samples", Settings().exports]
+    before = [modified(folder) for folder in kept]
+    again = optimize(spec)
+    assert again.champion == study.champion
+    assert again.id == study.id
+    assert all(trial.reused for trial in again.trials if trial.status != "vetoed")
+    after = [modified(folder) for folder in kept]
+    vetoed = "tensorrt-fp16.json"
+    assert [{k: v for k, v in f.items() if k != vetoed} for f in after] == [
+        {k: v for k, v in f.items() if k != vetoed} for f in before
+    ]
+    assert study.registration is not None
+    assert len(versions(study.registration.model_name or "")) == 1
+
+
+# ── a tiny GLM, by the command line ──────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def environment(settings: Settings) -> dict[str, str]:
+    """What the command line needs to find this test's server."""
+    from prefect.settings import PREFECT_API_URL
+
+    return {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PREFECT_HOME": str(settings.home)}
+
+
+def finished(trials: Path) -> list[Path]:
+    """Files of trials that were timed and judged."""
+    files = trials.glob("[!.]*.json") if trials.is_dir() else ()
+    return [path for path in files if json.loads(path.read_text())["quality"] is not None]
+
+
+def test_a_killed_study_goes_on_where_it_stopped(
+    tiny_glm: Path, settings: Settings, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """SIGKILL leaves no child; the same command keeps what was finished and ends with a champion."""
+    root = tmp_path / "study"
+    command = [*OPTIMIZE, "--engines=torch,onnxruntime", f"--model-path={tiny_glm}", f"--output={root}"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as running:
+        deadline = time.monotonic() + 300
+        while not (done := finished(root / "trials")):
+            assert running.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.kill()
+    psutil.wait_procs(children, timeout=5)
+    assert [child for child in children if child.is_running() and child.status() != "zombie"] == []
+    assert not (root / RESULT).exists()
+
+    before = {path: path.stat().st_mtime_ns for path in done}
+    exports = modified(settings.exports)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    study = Study.model_validate_json(result.stdout.splitlines()[-1])
+    assert {path: path.stat().st_mtime_ns for path in done} == before
+    assert {trial.id for trial in study.trials if trial.reused} >= {path.stem for path in done}
+    assert {k: v for k, v in modified(settings.exports).items() if k in exports and k.endswith(RECORD)} == {
+        k: v for k, v in exports.items() if k.endswith(RECORD)
+    }
+    assert {trial.id: trial.status for trial in study.trials} == {
+        **dict.fromkeys(("torch-fp32", "torch-bf16", *ONNX), "ok"),
+        "torch-bf16-compile": "vetoed",
+    }
+    assert study.verdict.kind == "champion"
+    assert load_study(root).champion == study.champion
+    assert "champion" in result.stderr
+
+
+def test_if_nothing_is_feasible_nothing_is_registered(
+    tiny_llama: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Exit code 3, the nearest candidate with its distance, a report, and no registered model."""
+    asked = ["--engines=torch", "--max-latency=1us", "--register-as=nobody", f"--output={tmp_path / 'study'}"]
+    command = [*OPTIMIZE, *asked, f"--model-path={tiny_llama}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 3, result.stderr
+    study = Study.model_validate_json(result.stdout.splitlines()[-1])
+    assert (study.verdict.kind, study.champion, study.bundle) == ("nothing_feasible", None, None)
+    assert study.verdict.nearest == "torch-fp32"
+    assert study.trial("torch-fp32").misses[0].limit == "max_latency"
+    assert study.trial("torch-bf16").status == "vetoed"
+    assert (tmp_path / "study" / "report.html").is_file()
+    assert versions("nobody") == []
+    assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""Long-running services on this machine: started, found again and ended by a pid file and a log each.
+"""Services on this machine: each is started, found again and ended through a pid file and a log.
 
 Only a process that a pid file names, and that still runs the command written there, is ever signalled.
 """
@@ -25,14 +25,14 @@ from open_autoglm.files import file_lock, write_atomic
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 120
-"""The first start creates the databases: 20 s on two idle cores."""
+"""The first start creates databases: 20 s on two idle cores."""
 STOP_LIMIT_S = 45
 """Prefect gives a flow 30 s to end before it kills it."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """One process of the stack, and how to ask it whether it works (given when it was started)."""
+    """One process to keep, and how to ask it whether it works (given when it was started)."""
 
     name: str
     command: tuple[str, ...]
@@ -52,14 +52,15 @@ class Running:
 
 
 class Processes:
-    """Starts, finds and ends services by the pid files and logs under one home."""
+    """Services by their pid files (``home/run``) and logs (``home/logs``), and what they have in common."""
 
-    def __init__(self, home: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, home: Path, directory: Path, environment: Mapping[str, str]) -> None:
         self._home = home
+        self._directory = directory
         self._environment = environment
 
     def find(self, service: Service) -> Running | None:
-        """The service's process, if it runs; otherwise what is left of its pid file is removed.
+        """The service's process if it runs; a pid file whose process is gone is removed.
 
         The kernel gives the pid of a dead process to another one, so the command line must match too.
         """
@@ -82,7 +83,15 @@ class Processes:
         return "up" if service.healthy(running.started) else "does not answer"
 
     def start(self, service: Service) -> None:
-        """Start the service in a process group of its own. Raises UserError if its port is taken."""
+        """Start the service, in a process group of its own, unless it runs.
+
+        Raises UserError if its port is taken, or if it runs with another command line.
+        """
+        running = self.find(service)
+        if running is not None:
+            if running.command != service.command:
+                raise UserError(f"{service.name} runs already, with other settings: make down first")
+            return
         if service.port is not None and is_taken(service.port):
             raise UserError(
                 f"{service.name} cannot start: another program listens on port {service.port}; "
@@ -130,7 +139,7 @@ class Processes:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep a second `up` or `down` out. Raises UserError if one is at work."""
+        """Keep others from starting and stopping services. Raises UserError if somebody does."""
         try:
             with file_lock(self._home / "run" / "stack.lock", blocking=False):
                 yield
@@ -139,7 +148,7 @@ class Processes:
 
     def _surroundings(self, output: IO[bytes]) -> dict[str, Any]:
         return {
-            "cwd": PROJECT,
+            "cwd": self._directory,
             "env": self._environment,
             "stdin": subprocess.DEVNULL,
             "stdout": output,

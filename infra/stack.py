@@ -2,8 +2,7 @@
 
     python infra/stack.py up | down | status
 
-Each service has a pid file in ``$AUTOGLM_HOME/run`` and a log in ``$AUTOGLM_HOME/logs``. Only a process
-that a pid file names, and that still runs the command written there, is ever signalled.
+State is kept under ``$AUTOGLM_HOME``; ports are ``AUTOGLM_PREFECT_PORT`` and ``AUTOGLM_MLFLOW_PORT``.
 """
 
 from __future__ import annotations
@@ -11,35 +10,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import psutil
+from processes import HOST, Processes, Service
 
 from open_autoglm.cli.prefect_server import is_up
 from open_autoglm.errors import UserError
-from open_autoglm.files import file_lock, write_atomic
 from open_autoglm.progress import LOGGER
 from open_autoglm.settings import Settings
 
-HOST = "127.0.0.1"
-POOL = "cpu-pool"
 PROJECT = Path(__file__).resolve().parent.parent
-START_LIMIT_S = 120
-"""The first start creates the databases: 20 s on two idle cores."""
-STOP_LIMIT_S = 45
-"""Prefect gives a flow 30 s to end before it kills it."""
+POOL = "cpu-pool"
 
 log = logging.getLogger("stack")
 
@@ -57,30 +45,26 @@ def services(settings: Settings) -> tuple[Service, ...]:
         port=settings.prefect_port,
         port_variable="AUTOGLM_PREFECT_PORT",
     )
+    mlflow = Service(
+        name="mlflow",
+        command=python(
+            "mlflow", "server", "--host", HOST, "--port", str(settings.mlflow_port), "--workers", "1"
+        ),
+        # Without the mode, its pages open on generative AI instead of experiments and models.
+        address=f"{settings.mlflow_url}/#/experiments?workflowType=machine_learning",
+        healthy=lambda _: is_up(settings.mlflow_url),
+        port=settings.mlflow_port,
+        port_variable="AUTOGLM_MLFLOW_PORT",
+    )
     worker = Service(
         name="worker",
-        # No --limit: the deployment's own limit keeps a second study waiting, and says so in the UI.
+        # No --limit: the deployment's own limit keeps a second study waiting, and says so on its page.
         command=python("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "local"),
         address=f"work pool {POOL}",
         healthy=lambda started: heartbeat_since(started, settings),
     )
-    if settings.mlflow_uri.startswith(("http://", "https://")):
-        return prefect, worker  # MLflow is served elsewhere
-    return prefect, mlflow(settings), worker
-
-
-def mlflow(settings: Settings) -> Service:
-    """MLflow's pages over the database and the files that studies write themselves."""
-    port = settings.mlflow_port
-    return Service(
-        name="mlflow",
-        command=python("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        # Without the mode, its pages open on generative AI instead of experiments and models.
-        address=f"{settings.mlflow_url}/#/experiments?workflowType=machine_learning",
-        healthy=lambda _: is_up(settings.mlflow_url),
-        port=port,
-        port_variable="AUTOGLM_MLFLOW_PORT",
-    )
+    served_elsewhere = settings.mlflow_uri.startswith(("http://", "https://"))
+    return (prefect, worker) if served_elsewhere else (prefect, mlflow, worker)
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -88,24 +72,28 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def environment(settings: Settings) -> Mapping[str, str]:
-    """What servers, worker and flows share, whatever directory they are started from."""
+    """What servers, worker and flows share, whatever directory the stack is started from."""
     return os.environ | {
         "AUTOGLM_HOME": str(settings.home),
         "AUTOGLM_TRACKING_URI": settings.tracking_uri,
         "AUTOGLM_PREFECT_PORT": str(settings.prefect_port),
         "AUTOGLM_MLFLOW_PORT": str(settings.mlflow_port),
+        "DO_NOT_TRACK": "true",
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_API_URL": f"{settings.prefect_url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_LOGGING_EXTRA_LOGGERS": LOGGER,  # progress lines are shown among the run's logs
+        "PREFECT_LOGGING_EXTRA_LOGGERS": LOGGER,  # progress lines are shown among a run's logs
+        # Studies write to this database and these files themselves; the server shows them.
         "MLFLOW_BACKEND_STORE_URI": settings.mlflow_uri,  # not an argument: it may hold a password
         "MLFLOW_ARTIFACTS_DESTINATION": str(settings.mlflow_artifacts),
         "MLFLOW_SERVER_ALLOWED_HOSTS": f"localhost:{settings.mlflow_port},{HOST}:{settings.mlflow_port}",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes and 500 MB
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
     }
+
+
+# ── Prefect's REST API ───────────────────────────────────────────────────────────────────────────
 
 
 def heartbeat_since(started: datetime, settings: Settings) -> bool:
@@ -119,19 +107,16 @@ def heartbeat_since(started: datetime, settings: Settings) -> bool:
 
 
 def bury_dead_runs(settings: Settings) -> None:
-    """Tell the server of runs that died with the last worker: they would hold up every later study."""
+    """Tell the server of runs that died with the last worker; they would keep later studies waiting."""
     unfinished = {
         "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}},
         "work_pools": {"name": {"any_": [POOL]}},
     }
-    crashed = {
-        "type": "CRASHED",
-        "message": "The worker was stopped. Run it again: it goes on where it stopped.",
-    }
+    crashed = {"type": "CRASHED", "message": "Its worker was stopped. Run it again: it goes on where it was."}
     for run in ask_prefect(settings, "flow_runs/filter", unfinished):
         if not is_flow_process(run["infrastructure_pid"]):
             ask_prefect(settings, f"flow_runs/{run['id']}/set_state", {"state": crashed})
-            log.info("marked as crashed, because its worker was stopped: %s", run["name"])
+            log.info("run %s had died with its worker: marked as crashed", run["name"])
 
 
 def is_flow_process(pid: str | None) -> bool:
@@ -164,7 +149,7 @@ def cli() -> None:
 def up() -> None:
     """Start what is down, wait until it works, and deploy prefect.yaml."""
     settings = Settings()
-    processes = Processes(settings.home, environment(settings))
+    processes = Processes(settings.home, PROJECT, environment(settings))
     *servers, worker = services(settings)
     with processes.alone():
         bring_up(processes, servers)
@@ -176,13 +161,9 @@ def up() -> None:
 
 
 def bring_up(processes: Processes, wanted: Sequence[Service]) -> None:
-    """Start services side by side and wait for all of them. Raises UserError if one cannot be used."""
+    """Start services side by side and wait for all of them."""
     for service in wanted:
-        running = processes.find(service)
-        if running is None:
-            processes.start(service)
-        elif running.command != service.command:
-            raise UserError(f"{service.name} runs already, with other settings: make down first")
+        processes.start(service)
     for service in wanted:
         processes.wait_until_healthy(service)
         log.info("%-8s is up: %s", service.name, service.address)
@@ -190,9 +171,9 @@ def bring_up(processes: Processes, wanted: Sequence[Service]) -> None:
 
 @cli.command()
 def down() -> None:
-    """Stop the worker first, so that it can tell the server, then the servers."""
+    """Stop the worker and its study, then the servers."""
     settings = Settings()
-    processes = Processes(settings.home, environment(settings))
+    processes = Processes(settings.home, PROJECT, environment(settings))
     with processes.alone():
         for service in reversed(services(settings)):
             was_up = processes.stop(service)
@@ -203,7 +184,7 @@ def down() -> None:
 def status() -> None:
     """Say what runs; exit code 1 unless all of it works."""
     settings = Settings()
-    processes = Processes(settings.home, environment(settings))
+    processes = Processes(settings.home, PROJECT, environment(settings))
     states = {service: processes.state(service) for service in services(settings)}
     for service, state in states.items():
         log.info("%-8s %-15s %s", service.name, state, service.address)

@@ -7,6 +7,7 @@ minute; vetoing a good one costs the study its champion.
 from __future__ import annotations
 
 from open_autoglm import engines
+from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import Engine
 from open_autoglm.errors import AutoGLMError, UserError
 from open_autoglm.roofline import bound, capacity_bytes
@@ -20,6 +21,7 @@ from open_autoglm.schemas import (
     Phase,
     TargetDevice,
 )
+from open_autoglm.settings import Settings
 from open_autoglm.units import Duration, quantity
 
 RUNTIME_BYTES = 64 * 2**20
@@ -28,6 +30,18 @@ RUNTIME_BYTES = 64 * 2**20
 PEAK_MARGIN = 2.0
 """How much faster than measured this host may be. On a shared host the same read loop ran at 50 and at
 85 GB/s within a minute, so a bound is trusted to decide only with this factor to spare."""
+
+
+def load_model(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
+    """The validated checkpoint of ``spec``, which its workload fits. Raises UserError."""
+    checkpoint = load_checkpoint(
+        spec.model_path,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+        cache=settings.home / "checkpoints",
+    )
+    check_workload(spec, checkpoint)
+    return checkpoint
 
 
 def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from prefect import task
 
-from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.hardware import probe_hardware
-from open_autoglm.planning import check_workload
+from open_autoglm.planning import load_model
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Checkpoint, Hardware, OptimizeSpec
 from open_autoglm.settings import Settings
@@ -18,16 +17,8 @@ from open_autoglm.study import StudyRef, open_study
 @task
 def load(spec: OptimizeSpec) -> Checkpoint:
     """Validate the checkpoint: config, safetensors, tokenizer, digest."""
-    settings = Settings()
     announce(f"load: {spec.model_path}")
-    checkpoint = load_checkpoint(
-        spec.model_path,
-        trust_remote_code=spec.trust_remote_code,
-        allow_pickle=spec.allow_pickle,
-        cache=settings.home / "checkpoints",
-    )
-    check_workload(spec, checkpoint)
-    return checkpoint
+    return load_model(spec, Settings())
 
 
 @task

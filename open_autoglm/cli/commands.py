@@ -93,25 +93,12 @@ def _plan(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis,
     return checkpoint, analysis, candidates
 
 
-def _load(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
-    from open_autoglm.checkpoint import load_checkpoint
-    from open_autoglm.planning import check_workload
-
-    checkpoint = load_checkpoint(
-        spec.model_path,
-        trust_remote_code=spec.trust_remote_code,
-        allow_pickle=spec.allow_pickle,
-        cache=settings.home / "checkpoints",
-    )
-    check_workload(spec, checkpoint)
-    return checkpoint
-
-
 def _analyse(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis]:
     from open_autoglm.hardware import probe_hardware
+    from open_autoglm.planning import load_model
     from open_autoglm.roofline import analyze
 
-    checkpoint = _load(spec, settings)
+    checkpoint = load_model(spec, settings)
     return checkpoint, analyze(checkpoint, spec, probe_hardware(settings.home / "hardware"))
 
 

@@ -1,6 +1,6 @@
 """Services on this machine: each is started, found again and ended through a pid file and a log.
 
-Only a process that a pid file names, and that still runs the command written there, is ever signalled.
+Only a process that a pid file names, and that was born when the file says, is ever signalled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Service:
 class Running:
     """A service's process, as its pid file describes it."""
 
-    process: psutil.Process
+    pid: int
     command: tuple[str, ...]
     started: datetime
 
@@ -60,20 +60,15 @@ class Processes:
         self._environment = environment
 
     def find(self, service: Service) -> Running | None:
-        """The service's process if it runs; a pid file whose process is gone is removed.
-
-        The kernel gives the pid of a dead process to another one, so the command line must match too.
-        """
+        """The service's process if it runs; a pid file whose process is gone is removed."""
         path = self._pid_path(service)
         if not path.exists():
             return None
         record = json.loads(path.read_text())
-        with suppress(psutil.Error):
-            process = psutil.Process(record["pid"])
-            if process.cmdline() == record["command"]:
-                return Running(process, tuple(record["command"]), datetime.fromisoformat(record["started"]))
-        path.unlink()
-        return None
+        if record["birth"] is None or record["birth"] != birth(record["pid"]):
+            path.unlink()
+            return None
+        return Running(record["pid"], tuple(record["command"]), datetime.fromisoformat(record["started"]))
 
     def state(self, service: Service) -> str:
         """``up``, ``down`` or ``does not answer``."""
@@ -100,7 +95,12 @@ class Processes:
         started = datetime.now(UTC).isoformat()
         with self._log(service.name).open("ab") as output:
             process = subprocess.Popen(service.command, start_new_session=True, **self._surroundings(output))
-        record = {"pid": process.pid, "started": started, "command": service.command}
+        record = {
+            "pid": process.pid,
+            "birth": birth(process.pid),
+            "started": started,
+            "command": service.command,
+        }
         write_atomic(self._pid_path(service), json.dumps(record))
 
     def wait_until_healthy(self, service: Service) -> None:
@@ -120,8 +120,9 @@ class Processes:
         running = self.find(service)
         if running is None:
             return False
-        family = [running.process, *running.process.children(recursive=True)]
-        os.killpg(running.process.pid, signal.SIGTERM)
+        process = psutil.Process(running.pid)
+        family = [process, *process.children(recursive=True)]
+        os.killpg(running.pid, signal.SIGTERM)
         _, stubborn = psutil.wait_procs(family, timeout=STOP_LIMIT_S)
         for survivor in stubborn:
             with suppress(psutil.NoSuchProcess):
@@ -166,6 +167,18 @@ class Processes:
     def _end_of_log(self, name: str) -> str:
         path = self._log(name)
         return f"{path} ends with:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-5:])
+
+
+def birth(pid: int) -> str | None:
+    """When a live process was started, in the kernel's ticks since boot; None if it is gone.
+
+    Pids are used again. Together with its birth a pid means one process, whatever the clock does.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5), from field 3 on
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def is_taken(port: int) -> bool:

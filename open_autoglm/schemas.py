@@ -92,7 +92,7 @@ class OptimizeSpec(Model):
         10, ge=3, le=1000, title="Timed rounds", description="Requests timed per candidate, after warm-up"
     )
     timing_budget_s: float = Field(
-        30,
+        20,
         gt=0,
         title="Timing budget in seconds",
         description="A candidate's rounds end early when this is spent, though not before five were timed",

@@ -151,11 +151,12 @@ def test_the_registry_serves_the_champion(study: Study) -> None:
     from mlflow import MlflowClient
 
     assert study.registration is not None
-    client = MlflowClient(Settings().mlflow_uri)
+    client, before = MlflowClient(Settings().mlflow_uri), mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(Settings().mlflow_uri)
     model = mlflow.pyfunc.load_model(f"models:/{study.registration.model_name}@champion")
     (answer,) = model.predict(["The capital of France"], params={"max_new_tokens": 4})
     assert isinstance(answer, str)
+    mlflow.set_tracking_uri(before)
     parent = client.get_run(study.registration.run_id)
     assert parent.info.status == "FINISHED"
     below = client.search_runs(
@@ -166,7 +167,7 @@ def test_the_registry_serves_the_champion(study: Study) -> None:
 
 def test_running_it_again_repeats_nothing(study: Study, spec: OptimizeSpec) -> None:
     """Trials and exports stay as they are, the champion is confirmed, and no second version is made."""
-    kept = (study.output_dir / "samples", study.output_dir / "bundle" / "model", Settings().exports)
+    kept = (study.output_dir / "samples", Settings().exports)
     before = [modified(folder) for folder in kept]
     again = optimize(spec)
     assert (again.id, again.champion) == (study.id, study.champion)

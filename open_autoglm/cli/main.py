@@ -64,7 +64,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--engines", default="", help="Comma-separated; see `open-autoglm engines`. Default: all.")
 @click.option("--rounds", type=int, default=10, show_default=True, help="Timed requests per candidate.")
-@click.option("--timing-budget-s", type=float, default=30, show_default=True, help="Seconds of rounds each.")
+@click.option("--timing-budget-s", type=float, default=20, show_default=True, help="Seconds of rounds each.")
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")

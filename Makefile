@@ -1,0 +1,53 @@
+# The commands of this repository; `make` alone lists them. PYTHON and EXTRAS choose what .venv is made of,
+# AUTOGLM_HOME where models, studies and databases are kept.
+PYTHON ?= python3.11
+EXTRAS ?= cpu,dev
+export AUTOGLM_HOME ?= $(CURDIR)/.autoglm
+
+BIN   := .venv/bin
+READY := .venv/.ready
+DEMO  := $(AUTOGLM_HOME)/demo-glm
+
+.PHONY: help demo up down venv test check fmt clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Optimise a small real GLM from start to end; leaves the servers up
+	$(BIN)/open-autoglm demo-model $(DEMO)
+	$(BIN)/python infra/stack.py up
+	$(BIN)/open-autoglm optimize --model-path $(DEMO) --input-shape 1,512 --output-tokens 64 --max-latency 2s
+	@echo "Prefect and MLflow stay up for you to look around; make down stops them."
+
+up: $(READY) ## Start Prefect, MLflow and a worker on this machine, and deploy prefect.yaml
+	@$(BIN)/python infra/stack.py up
+
+down: $(READY) ## Stop what `make up` or `make demo` started
+	@$(BIN)/python infra/stack.py down
+
+venv: $(READY) ## Create .venv, or renew it if the pins have changed (about 2 minutes, 2.3 GB)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "error: $(PYTHON) is not installed: install Python 3.11, or say where it is: make venv PYTHON=..."; exit 2; }
+	@echo "installing into .venv: about 2 minutes, 2.3 GB"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+test: $(READY) ## Run the tests; they need no server and leave none
+	env -u PREFECT_API_URL -u MLFLOW_TRACKING_URI $(BIN)/python -m pytest
+
+check: $(READY) ## Lint, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/mypy infra
+
+fmt: $(READY) ## Format, and mend what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove .venv and caches; what is under AUTOGLM_HOME stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

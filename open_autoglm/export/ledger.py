@@ -1,6 +1,6 @@
 """The export ledger: which route works for which model type and versions, learned by preflight.
 
-One JSON file, readable by people. An entry begun and never finished means the route crashed the process.
+One JSON file, readable by people.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import AwareDatetime
 from open_autoglm.files import digest_of, file_lock, write_atomic
 from open_autoglm.schemas import Model
 
-Outcome = Literal["begun", "works", "fails"]
+Outcome = Literal["works", "fails"]
 
 
 class LedgerEntry(Model):

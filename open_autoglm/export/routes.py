@@ -15,7 +15,8 @@ from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import check_route, decoder_facts, small_config, traits
 from open_autoglm.export.quantize import dynamic_int8
 from open_autoglm.export.recipe import OnnxRecipe
-from open_autoglm.schemas import Checkpoint
+from open_autoglm.measure.isolation import Failure, run_isolated
+from open_autoglm.schemas import Checkpoint, Model
 
 
 class Route(Protocol):
@@ -33,6 +34,9 @@ class Route(Protocol):
 
 ROUTES: tuple[Route, ...] = (genai_route, transformers_route)
 """In order of preference."""
+
+
+PREFLIGHT_TIMEOUT_S = 600.0
 
 
 class NoRoute(RuntimeError):
@@ -85,25 +89,51 @@ def choose_route(checkpoint: Checkpoint, ledger_path: Path, scratch: Path) -> Ro
 
 
 def _preflight(route: Route, checkpoint: Checkpoint, ledger: Ledger, scratch: Path) -> str | None:
-    """None if the route is right, else why not."""
-    config = small_config(checkpoint)
-    key = (checkpoint.model_type, route.NAME, traits(config), library_versions())
+    """None if the route is right, else why not; found out at most once."""
+    key = (checkpoint.model_type, route.NAME, traits(small_config(checkpoint)), library_versions())
     known = ledger.get(*key)
-    if known is not None and known.outcome == "begun":
-        # Whoever began it held the ledger's lock, which we hold now: it died on the way.
-        known = ledger.put(*key, "fails", "the export of a two-layer copy ended the process")
     if known is None:
-        ledger.put(*key, "begun", "preflight running")
-        directory = scratch / f"preflight-{route.NAME}"
-        directory.mkdir()
-        try:
-            check_route(route, checkpoint, config, directory)
-        # Third-party exporters raise anything at all; the ledger keeps what it was.
-        except Exception as error:  # noqa: BLE001
-            known = ledger.put(*key, "fails", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-        else:
+        failure = try_route(route, checkpoint, scratch)
+        if failure is None:
             known = ledger.put(*key, "works", "equals torch in prefill and decode on a two-layer copy")
+        else:
+            known = ledger.put(*key, "fails", failure.reason)
     return None if known.outcome == "works" else known.reason
+
+
+class PreflightJob(Model):
+    """Payload of the preflight child."""
+
+    route: str
+    checkpoint: Checkpoint
+    scratch: Path
+
+
+class PreflightPassed(Model):
+    """Answer of the preflight child."""
+
+
+def try_route(route: Route, checkpoint: Checkpoint, scratch: Path) -> Failure | None:
+    """Preflight in a child of its own: exporters raise anything, and some end the process."""
+    directory = scratch / f"preflight-{route.NAME}"
+    directory.mkdir()
+    job = PreflightJob(route=route.NAME, checkpoint=checkpoint, scratch=directory)
+    log = directory / "preflight.log"
+    done = run_isolated(
+        "open_autoglm.export.routes:preflight_job",
+        job,
+        PreflightPassed,
+        log=log,
+        timeout_s=PREFLIGHT_TIMEOUT_S,
+    )
+    return done if isinstance(done, Failure) else None
+
+
+def preflight_job(job: PreflightJob) -> PreflightPassed:
+    """Runs in the child."""
+    route = next(route for route in ROUTES if job.route == route.NAME)
+    check_route(route, job.checkpoint, small_config(job.checkpoint), job.scratch)
+    return PreflightPassed()
 
 
 def _write_facts(checkpoint: Checkpoint, route: Route, output: Path) -> None:

@@ -190,6 +190,8 @@ def score_candidate(job: ScoreJob) -> QualityReport:
     """Judge one candidate on both paths against the stored reference."""
     with device_lease(job.candidate.device, alone=False):
         session = job.open()
+    # Two engines with a thread per core each would run several times slower side by side than in turn.
+    with device_lease(job.candidate.device, alone=True):
         report = score(
             session,
             job.evaluation_set,
@@ -206,6 +208,7 @@ def make_reference(job: ReferenceJob) -> ReferenceDone:
     started = time.monotonic()
     with device_lease(job.candidate.device, alone=False):
         session = job.open()
+    with device_lease(job.candidate.device, alone=True):
         compute_reference(session, job.evaluation_set, job.output)
         session.close()
     return ReferenceDone(path=job.output, seconds=time.monotonic() - started)

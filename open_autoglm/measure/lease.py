@@ -1,4 +1,4 @@
-"""The device lease: a timed run has the device to itself; preparations share it.
+"""The device lease: timing and scoring have the device to themselves; preparations share it.
 
 On a CPU, loading or quantising one engine disturbs the timing of another as surely as a second
 timed run would. So the lease is a readers-writer lock over two kernel file locks: preparations

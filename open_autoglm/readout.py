@@ -254,12 +254,16 @@ def how_to_serve(study: Study) -> list[str]:
     ]
 
 
-def study_link(study: Study) -> str | None:
-    """The address of the study's MLflow run; None if MLflow keeps it in a database without a server."""
+def study_link(study: Study, server: str = "") -> str | None:
+    """The address of the study's MLflow run; None if MLflow keeps it in a database without a server.
+
+    ``server`` is a server known to show that database, such as the local stack's.
+    """
     registration = study.registration
     if registration is None:
         return None
-    return mlflow_link(registration.tracking_uri, registration.experiment_id, registration.run_id)
+    own = mlflow_link(registration.tracking_uri, registration.experiment_id, registration.run_id)
+    return own or mlflow_link(server, registration.experiment_id, registration.run_id)
 
 
 def caveats(study: Study) -> list[str]:

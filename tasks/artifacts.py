@@ -15,7 +15,6 @@ from open_autoglm import readout
 from open_autoglm.figures import pareto_figure
 from open_autoglm.schemas import Study
 from open_autoglm.settings import Settings
-from open_autoglm.tracking import mlflow_link
 
 _COLUMNS = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "tokens_per_s": "tokens/s"}
 
@@ -23,8 +22,12 @@ _COLUMNS = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "tokens_per_s": "tokens/
 def publish(study: Study) -> None:
     """Create the artifacts. Call inside a task or flow run."""
     reasons = "\n".join(f"- {reason}" for reason in readout.reasons(study))
+    others = "\n".join(
+        f"- **{t.id}** ({t.status}): {t.reason}" for t in study.trials if t.id != study.champion
+    )
     create_markdown_artifact(
-        f"## {readout.headline(study)}\n\n{reasons}\n\nReport: `{study.output_dir / 'report.html'}`",
+        f"## {readout.headline(study)}\n\n{reasons}\n\nReport: `{study.output_dir / 'report.html'}`\n\n"
+        f"### Why not the others\n\n{others}",
         key="verdict",
         description=f"Study {study.id}",
     )
@@ -32,10 +35,9 @@ def publish(study: Study) -> None:
     # A data URI is shown without a file server; the plot is small.
     picture = base64.b64encode(pareto_figure(study)).decode()
     create_image_artifact(f"data:image/png;base64,{picture}", key="pareto", description="Latency and memory")
-    if study.registration is not None:
-        link = mlflow_link(Settings().mlflow_url, study.registration.experiment_id, study.registration.run_id)
-        if link is not None:
-            create_link_artifact(link, key="mlflow", link_text="The study in MLflow (while it runs)")
+    link = readout.study_link(study, Settings().mlflow_url)
+    if link is not None:
+        create_link_artifact(link, key="mlflow", link_text="The study in MLflow; make up starts its server")
 
 
 def _row(study: Study, index: int) -> dict[str, str]:
@@ -51,5 +53,4 @@ def _row(study: Study, index: int) -> dict[str, str]:
         **figures,
         "peak RSS": readout.quantity(memory.median, "bytes") if memory else "–",
         "quality": f"{trial.quality.ratio:.4f}" if trial.quality else "–",
-        "reason": trial.reason,
     }

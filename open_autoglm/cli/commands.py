@@ -71,7 +71,7 @@ def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
         print_plan(candidates, console)
     else:
         study = _run_flow(spec, settings)
-        print_study(study, console, _links(settings))
+        print_study(study, console, _links(study, settings))
     if as_json:
         click.echo(study.model_dump_json())
     return EXIT_CODES[study.verdict.kind]
@@ -172,12 +172,16 @@ def _show_progress() -> None:
     logger.propagate = False
 
 
-def _links(settings: Settings) -> dict[str, str]:
+def _links(study: Study, settings: Settings) -> dict[str, str]:
     from open_autoglm.cli.prefect_server import is_up
+    from open_autoglm.readout import study_link
 
-    servers = {"Prefect": settings.prefect_url, "MLflow": settings.mlflow_url}
-    running = {name: url for name, url in servers.items() if is_up(url)}
-    return running or {"Prefect, MLflow": "make up starts both servers on this machine"}
+    links = {}
+    if is_up(settings.prefect_url):
+        links["Prefect"] = settings.prefect_url
+    if is_up(settings.mlflow_url) and (run := study_link(study, settings.mlflow_url)):
+        links["MLflow page"] = run
+    return links or {"Servers": "make up starts Prefect and MLflow on this machine"}
 
 
 def run_analyze(*, as_json: bool, **arguments: Any) -> None:
@@ -213,7 +217,7 @@ def run_report(root: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(study.model_dump_json())
     else:
-        print_study(study, make_console(), _links(settings))
+        print_study(study, make_console(), _links(study, settings))
 
 
 def run_demo_model(directory: Path) -> None:

@@ -28,6 +28,7 @@ def use_prefect(settings: Settings) -> None:
     defaults = {
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "open_autoglm.progress",
         # What ends a run is raised here too; its traceback need not be printed three times.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

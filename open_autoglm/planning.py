@@ -10,6 +10,7 @@ from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import Engine
 from open_autoglm.errors import AutoGLMError, UserError
+from open_autoglm.quality.reference import plan_layout
 from open_autoglm.roofline import bound, capacity_bytes
 from open_autoglm.schemas import (
     Analysis,
@@ -45,7 +46,7 @@ def load_model(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
 
 
 def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
-    """Raise UserError if prompt and output together are longer than the model's context."""
+    """Raise UserError if the context has no room for prompt and output, or for judging the quality."""
     needed = spec.prompt_tokens + spec.output_tokens
     if needed > checkpoint.context_tokens:
         raise UserError(
@@ -53,6 +54,7 @@ def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} has a context of {checkpoint.context_tokens}: ask for shorter ones "
             "(--input-shape, --output-tokens)"
         )
+    plan_layout(checkpoint.context_tokens, spec)
 
 
 def resolve_device(target_device: TargetDevice, hardware: Hardware) -> Device:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import AwareDatetime, ValidationError
@@ -58,7 +59,8 @@ class StudyRef(StudyIdentity):
 def study_key(spec: OptimizeSpec, checkpoint: Checkpoint, hardware: Hardware) -> str:
     """Everything a study's figures depend on; two studies with one key may share trials."""
     content = spec.model_dump(mode="json", exclude={"model_path", "output", "register_as"})
-    return digest_of([content, checkpoint.digest, hardware.fingerprint, library_versions()])
+    versions = library_versions() | {"open-autoglm": version("open-autoglm")}
+    return digest_of([content, checkpoint.digest, hardware.fingerprint, versions])
 
 
 def open_study(

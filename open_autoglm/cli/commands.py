@@ -137,10 +137,9 @@ def _planned(
 
 
 def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
-    from open_autoglm.cli.prefect_server import use_prefect
+    from open_autoglm.cli.prefect_server import prefect_server
     from open_autoglm.measure.isolation import stop_children
 
-    use_prefect(settings)
     _show_progress()
 
     def interrupt(*_: object) -> None:
@@ -150,9 +149,10 @@ def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    from flows.optimize import optimize
+    with prefect_server(settings):
+        from flows.optimize import optimize
 
-    study: Study = optimize(spec)
+        study: Study = optimize(spec)
     return study
 
 

@@ -1,15 +1,25 @@
 """Where a flow run from the command line reports to: the address in the environment, the local stack
-if it is up, or else a server of Prefect's own that lives as long as the command."""
+if it is up, or else a Prefect server that lives as long as the command."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from open_autoglm.errors import UserError
+from open_autoglm.measure.child import die_with
 from open_autoglm.settings import Settings
+
+STARTUP_TIMEOUT_S = 120.0
 
 
 def is_up(url: str) -> bool:
@@ -23,8 +33,9 @@ def is_up(url: str) -> bool:
         return False
 
 
-def use_prefect(settings: Settings) -> None:
-    """Set Prefect's environment. Must be called before Prefect is imported."""
+@contextmanager
+def prefect_server(settings: Settings) -> Iterator[None]:
+    """Set Prefect's environment and see to a server. Must be entered before Prefect is imported."""
     defaults = {
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_LOGGING_LEVEL": "WARNING",
@@ -32,7 +43,6 @@ def use_prefect(settings: Settings) -> None:
         # What ends a run is raised here too; its traceback need not be printed three times.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "DO_NOT_TRACK": "true",
     }
     for name, value in defaults.items():
@@ -44,5 +54,54 @@ def use_prefect(settings: Settings) -> None:
         raise UserError(
             f"cannot write to {home} ({error.strerror}): set AUTOGLM_HOME to a directory of yours"
         ) from None
-    if "PREFECT_API_URL" not in os.environ and is_up(f"{settings.prefect_url}/api"):
+    if "PREFECT_API_URL" in os.environ:
+        yield
+    elif is_up(f"{settings.prefect_url}/api"):
         os.environ["PREFECT_API_URL"] = f"{settings.prefect_url}/api"
+        yield
+    else:
+        with _own_server(settings.home / "logs" / "prefect.log") as url:
+            os.environ["PREFECT_API_URL"] = url
+            yield
+
+
+@contextmanager
+def _own_server(log: Path) -> Iterator[str]:
+    """A server on a free port of loopback; its address.
+
+    Prefect would start one by itself, but that one outlives a command that is killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        application = "prefect.server.api.server:create_app"
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        server = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "--factory", application, *address, "--log-level", "warning"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=partial(die_with, os.getpid()),
+            start_new_session=True,  # an interrupt is for the command, which then ends the server
+        )
+    try:
+        _wait_until_up(url, server, log)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """The first start creates the database, which takes half a minute on a slow machine."""
+    end = time.monotonic() + STARTUP_TIMEOUT_S
+    while not is_up(url):
+        if server.poll() is not None or time.monotonic() > end:
+            raise UserError(f"Prefect's server did not start: {log} says why")
+        time.sleep(0.2)

@@ -76,10 +76,10 @@ class TorchEngine:
 
 
 def _missing_compiler() -> str | None:
-    wanted = os.environ.get("CXX", "g++")
-    if shutil.which(wanted) or shutil.which("clang++"):
+    wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if any(shutil.which(compiler) for compiler in wanted):
         return None
-    return "torch.compile needs a C++ compiler and there is none: apt-get install g++"
+    return f"torch.compile needs a C++ compiler and there is no {' or '.join(wanted)}: apt-get install g++"
 
 
 class TorchSession:

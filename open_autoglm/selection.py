@@ -190,12 +190,15 @@ def _why(
 
 
 def _against(champion: Trial, baseline: Trial) -> str:
-    ttft = baseline.metrics["ttft_ms"].median / champion.metrics["ttft_ms"].median
-    decode = champion.metrics["tokens_per_s"].median / baseline.metrics["tokens_per_s"].median
-    memory = champion.metrics["peak_rss_bytes"].median / baseline.metrics["peak_rss_bytes"].median
+    def gain(name: str, better: str, worse: str, *, larger_is_better: bool = False) -> str:
+        ratio = baseline.metrics[name].median / champion.metrics[name].median
+        ratio = 1 / ratio if larger_is_better else ratio
+        return f"{ratio:.2f}× {better}" if ratio >= 1 else f"{1 / ratio:.2f}× {worse}"
+
     return (
-        f"against hand-tuned torch ({baseline.id}): TTFT {ttft:.2f}× as fast, decode {decode:.2f}× as fast, "
-        f"{memory:.2f}× the memory"
+        f"against hand-tuned torch ({baseline.id}): TTFT {gain('ttft_ms', 'faster', 'slower')}, "
+        f"decode {gain('tokens_per_s', 'faster', 'slower', larger_is_better=True)}, "
+        f"{gain('peak_rss_bytes', 'less', 'more')} memory"
     )
 
 

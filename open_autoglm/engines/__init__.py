@@ -6,6 +6,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from open_autoglm.engines.contract import Engine
+from open_autoglm.engines.unloadable import UnloadableEngine
 from open_autoglm.errors import UserError
 
 GROUP = "open_autoglm.engines"
@@ -19,12 +20,15 @@ def names() -> tuple[str, ...]:
 
 @cache
 def get(name: str) -> Engine:
-    """The engine called ``name``.
+    """The engine called ``name``; a stand-in that says why, if its package cannot be loaded.
 
     Raises UserError if there is none, naming the ones there are.
     """
     for point in entry_points(group=GROUP):
         if point.name == name:
-            engine: Engine = point.load()()
+            try:
+                engine: Engine = point.load()()
+            except (ImportError, AttributeError, SyntaxError, TypeError) as error:
+                return UnloadableEngine(name, f"{point.value} cannot be loaded: {error}")
             return engine
     raise UserError(f"unknown engine {name!r}: choose from {', '.join(names())}")

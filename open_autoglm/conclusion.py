@@ -61,6 +61,7 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
 
 def _not_measured(bench: Bench, trials: Sequence[Trial]) -> tuple[str, ...]:
     told = [
+        "Candidates were timed one after the other: drift of the host between them is not in the intervals.",
         "Load time was taken once, while other candidates were being prepared: read it as an upper bound.",
         "Peak RSS counts mapped files as far as they were touched; it was read in the timed process.",
         "Server load (concurrent requests) and energy were not measured.",

@@ -191,14 +191,17 @@ def _why(
 
 def _against(champion: Trial, baseline: Trial) -> str:
     def gain(name: str, better: str, worse: str, *, larger_is_better: bool = False) -> str:
-        ratio = baseline.metrics[name].median / champion.metrics[name].median
+        before, after = baseline.metrics[name], champion.metrics[name]
+        if _overlap(before, after):
+            return "no clear difference"
+        ratio = before.median / after.median
         ratio = 1 / ratio if larger_is_better else ratio
         return f"{ratio:.2f}× {better}" if ratio >= 1 else f"{1 / ratio:.2f}× {worse}"
 
     return (
-        f"against hand-tuned torch ({baseline.id}): TTFT {gain('ttft_ms', 'faster', 'slower')}, "
-        f"decode {gain('tokens_per_s', 'faster', 'slower', larger_is_better=True)}, "
-        f"{gain('peak_rss_bytes', 'less', 'more')} memory"
+        f"against hand-tuned torch ({baseline.id}): TTFT {gain('ttft_ms', 'faster', 'slower')}; "
+        f"decode {gain('tokens_per_s', 'faster', 'slower', larger_is_better=True)}; "
+        f"memory {gain('peak_rss_bytes', 'less', 'more')}"
     )
 
 

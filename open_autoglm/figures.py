@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from open_autoglm.readout import FOREIGN_CPU_LIMIT, METRICS, baseline, champion, measured, number, role
-from open_autoglm.schemas import RooflineBound, Study, Trial
+from open_autoglm.readout import METRICS, baseline, champion, measured, number, role
+from open_autoglm.schemas import FOREIGN_CPU_LIMIT, RooflineBound, Study, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,14 +11,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from open_autoglm.schemas import Metric, Miss, Study, Trial
+from open_autoglm.schemas import FOREIGN_CPU_LIMIT, Metric, Miss, Study, Trial
 from open_autoglm.selection import GOALS, excess
 from open_autoglm.tracking import mlflow_link
 from open_autoglm.units import number as number
 from open_autoglm.units import quantity as quantity
-
-FOREIGN_CPU_LIMIT = 0.1
-"""Cores taken by other processes above which a round is suspect."""
 
 
 class Shown(NamedTuple):

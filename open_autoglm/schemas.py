@@ -329,6 +329,10 @@ class Workload(Model):
 # ── evidence ─────────────────────────────────────────────────────────────────────────────────────
 
 
+FOREIGN_CPU_LIMIT = 0.1
+"""Cores taken by other processes above which a round is suspect."""
+
+
 class Metric(Model):
     """A figure with its evidence. ``values`` keeps the raw samples in the order they were taken."""
 
@@ -358,7 +362,7 @@ class Measurements(Model):
 
     @property
     def noisy_rounds(self) -> int:
-        return sum(share > 0.1 for share in self.foreign_cpu_share)
+        return sum(share > FOREIGN_CPU_LIMIT for share in self.foreign_cpu_share)
 
 
 class PathQuality(Model):
@@ -532,6 +536,3 @@ class Manifest(Model):
     created: datetime
     versions: dict[str, str]
     evidence: dict[str, Any]
-
-
-PositiveInt = Annotated[int, Field(ge=1)]

@@ -22,7 +22,7 @@ from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
 from open_autoglm.errors import UserError
 from open_autoglm.export import genai_route, routes
-from open_autoglm.export.graph import FULL, LAST, external_data_names, write_full_logits_variant
+from open_autoglm.export.graph import FULL, LAST, write_full_logits_variant
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import small_config, traits
 from open_autoglm.export.quantize import weight_only
@@ -76,6 +76,17 @@ def export(checkpoint: Checkpoint, recipe: OnnxRecipe, tmp_path: Path) -> tuple[
     return route, output
 
 
+def external_data_names(path: Path) -> set[str]:
+    """Names of the external data files a graph refers to."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    model = onnx.load(path, load_external_data=False)
+    return {
+        ExternalDataInfo(tensor).location for tensor in model.graph.initializer if uses_external_data(tensor)
+    }
+
+
 def torch_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -91,7 +102,7 @@ def torch_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> NDArray[n
 
 @pytest.mark.parametrize(
     ("model_type", "route"),
-    [("glm", GENAI), ("llama", GENAI), ("qwen3", GENAI), ("glm4", TRANSFORMERS)],
+    [("glm", GENAI), ("llama", GENAI), ("qwen2", GENAI), ("qwen3", GENAI), ("glm4", TRANSFORMERS)],
 )
 def test_each_family_is_exported_by_its_route_and_equals_torch(
     model_type: str,

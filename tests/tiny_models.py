@@ -42,6 +42,7 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "glm": {"attention_bias": True, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
     "glm4": {"attention_bias": True, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
     "llama": {"rope_parameters": _ROPE},
+    "qwen2": {"rope_parameters": _ROPE},
     "qwen3": {"rope_parameters": _ROPE},
 }
 

@@ -24,7 +24,7 @@ _AS_LLAMA = {"glm"}
 """Model types handled by the subclass below."""
 
 _NATIVE = {"llama", "qwen2", "qwen3"}
-"""Model types whose builder class is compared with torch in our tests."""
+"""Model types whose own builder class our tests compare with torch."""
 
 _BITS = {4: "int4", 8: "int8"}
 

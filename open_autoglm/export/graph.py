@@ -72,14 +72,3 @@ def _free_sequence_dimension(graph: Any) -> None:
     del graph.value_info[:]
     logits = next(output for output in graph.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
-
-
-def external_data_names(path: Path) -> set[str]:
-    """Names of the external data files a graph refers to."""
-    import onnx
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-
-    model = onnx.load(path, load_external_data=False)
-    return {
-        ExternalDataInfo(tensor).location for tensor in model.graph.initializer if uses_external_data(tensor)
-    }

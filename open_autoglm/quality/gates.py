@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_autoglm.files import directory_atomic
-from open_autoglm.schemas import GateResult, Trial
+from open_autoglm.schemas import FOREIGN_CPU_LIMIT, GateResult, Trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,7 +147,7 @@ def _plausibility() -> list[Any]:
             column="noisy_rounds",
             max_value=0,
             severity="warning",
-            description="no other process took more than 0.1 cores in any round",
+            description=f"no other process took more than {FOREIGN_CPU_LIMIT} cores in any round",
         ),
     ]
 

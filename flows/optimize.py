@@ -8,26 +8,26 @@ from prefect import flow, unmapped
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from open_autoglm.schemas import OptimizeSpec, Study
+from open_autoglm.schemas import OptimizeSpec, Study, Trial
 from open_autoglm.study import working_on
-from tasks.analyze import analyse, propose
-from tasks.benchmark import benchmark, prepare_bench
+from tasks.analyze import analyse, propose, refine
+from tasks.benchmark import final, prepare_bench, race, screen
 from tasks.evaluate import compute_reference, evaluate
 from tasks.export import export
 from tasks.load import load, open_directory, probe
 from tasks.progress import start_progress
-from tasks.register import begin_record, recorded, register
+from tasks.register import admit_incumbent, begin_record, recorded, register
 
-# One candidate is timed while the next is loaded; more would hold more models in memory at once.
+# One candidate is screened while the next is loaded; more would hold more models in memory at once.
 SIDE_BY_SIDE = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
 
 
 @flow(name="optimize", task_runner=SIDE_BY_SIDE, flow_run_name="optimize-{spec.model_path}")
 def optimize(spec: OptimizeSpec) -> Study:
-    """Load, analyse, plan, export, benchmark, evaluate, register.
+    """Load, analyse, plan; export and screen, and search around the best; race, evaluate, final, register.
 
-    Candidates go through export, benchmark and evaluation side by side; a timed run holds the device
-    alone. A candidate that fails is a trial with a reason. A study that was interrupted is resumed.
+    Preparation goes on side by side; a timed run holds the device alone. A candidate that fails is a trial
+    with a reason. A study that was interrupted is resumed.
     """
     checkpoint = load(spec)
     hardware = probe()
@@ -40,8 +40,13 @@ def optimize(spec: OptimizeSpec) -> Study:
         bench = prepare_bench(study, spec, checkpoint, hardware)
         reference = compute_reference.submit(bench, analysis)
 
-        exported = export.map(candidates, unmapped(study), unmapped(checkpoint))
-        timed = benchmark.map(exported, unmapped(bench))
-        judged = evaluate.map(timed, unmapped(bench), unmapped(reference), unmapped(mlflow_run_id))
+        generations: list[list[Trial]] = []
+        while candidates:
+            exported = export.map(candidates, unmapped(study), unmapped(checkpoint))
+            generations.append(screen.map(exported, unmapped(bench), unmapped(reference)).result())
+            candidates = refine(generations, analysis, spec)
 
-        return register(bench, analysis, judged.result(), mlflow_run_id)
+        standings = race(bench, admit_incumbent(bench, analysis, generations, reference.result()))
+        judged = evaluate.map(standings.trials, unmapped(bench), unmapped(reference), unmapped(mlflow_run_id))
+        standings = final(bench, standings, judged.result())
+        return register(bench, analysis, standings, mlflow_run_id)

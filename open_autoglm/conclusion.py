@@ -8,25 +8,42 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from open_autoglm.bundle import build_bundle
+from open_autoglm.capsule import with_capsule
 from open_autoglm.export.routes import library_versions
 from open_autoglm.figures import latency_figure, pareto_figure, samples_figure
 from open_autoglm.files import write_atomic
-from open_autoglm.measure.jobs import LEAST_ROUNDS
+from open_autoglm.measure.racing import BUDGET_HEATS
 from open_autoglm.quality.gates import check_results
 from open_autoglm.report import write_report
-from open_autoglm.schemas import Analysis, Study, Trial, Verdict
-from open_autoglm.selection import choose
-from open_autoglm.study import save_study
+from open_autoglm.schemas import Analysis, Incumbent, Model, Race, Study, Trial, Verdict
+from open_autoglm.selection import choose, final_of
+from open_autoglm.study import save_study, save_trial
 from open_autoglm.tracking import Tracker
 from open_autoglm.trials import Bench
 
 FIGURES = {"pareto": pareto_figure, "latency": latency_figure, "samples": samples_figure}
 
 
-def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study:
+class Standings(Model):
+    """The study between the stages: every trial so far, the races, and who is to be beaten."""
+
+    trials: tuple[Trial, ...]
+    races: tuple[Race, ...] = ()
+    incumbent: Incumbent | None = None
+    search: tuple[str, ...] = ()
+
+    def after(self, race: Race, run: Sequence[Trial]) -> Standings:
+        """With the trials that ran in ``race`` as they are now."""
+        now = {trial.id: trial for trial in run}
+        trials = tuple(now.get(trial.id, trial) for trial in self.trials)
+        return self.model_copy(update={"trials": trials, "races": (*self.races, race)})
+
+
+def conclude(bench: Bench, analysis: Analysis, standings: Standings) -> Study:
     """Rank the trials, let the gate check the table, and name a champion if both agree on one."""
     study, spec = bench.study, bench.spec
-    choice = choose(trials, spec)
+    final = final_of(standings.races)
+    choice = choose(standings.trials, spec, final.noise if final else None)
     gate = None
     verdict, champion = choice.verdict, choice.champion
     if champion is not None:
@@ -35,11 +52,12 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
             min_quality=spec.min_quality,
             champion_id=champion,
             docs_dir=study.root / "data-docs",
-            rounds=min(spec.rounds, LEAST_ROUNDS),
+            rounds=min(spec.rounds, BUDGET_HEATS),
         )
         if not gate.passed:
             failed = tuple(f"gate: {failure}" for failure in gate.failures)
             verdict, champion = Verdict(kind="gate_failed", reasons=failed, nearest=champion), None
+    trials = tuple(save_trial(study, with_capsule(bench, trial)) for trial in choice.trials)
     return Study(
         id=study.id,
         created=study.created,
@@ -50,10 +68,14 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
         workload=bench.workload,
         verdict=verdict,
         champion=champion,
+        incumbent=standings.incumbent,
+        races=standings.races,
+        comparisons=choice.comparisons,
+        search=standings.search,
         pareto=choice.pareto,
-        trials=choice.trials,
+        trials=trials,
         gate=gate,
-        not_measured=_not_measured(bench, choice.trials),
+        not_measured=_not_measured(bench, trials),
         environment={**library_versions(), "python": platform.python_version()},
         output_dir=study.root,
     )
@@ -61,16 +83,17 @@ def conclude(bench: Bench, analysis: Analysis, trials: Sequence[Trial]) -> Study
 
 def _not_measured(bench: Bench, trials: Sequence[Trial]) -> tuple[str, ...]:
     told = [
-        "Candidates were timed one after the other: drift of the host between them is not in the intervals.",
-        "Load time was taken once, while other candidates were being prepared: read it as an upper bound.",
-        "Peak RSS counts mapped files as far as they were touched; it was read in the timed process.",
-        "Server load (concurrent requests) and energy were not measured.",
+        "Memory is of a process of its own that answered one request; it counts mapped files as far as they "
+        "were touched.",
+        "Load time was taken while other candidates were being prepared: read it as an upper bound.",
+        "Energy was not measured.",
     ]
+    if bench.spec.scenario != "server":
+        told.append("Concurrent requests were not measured: --scenario server does.")
     told += [
-        f"{trial.id} was timed for {trial.metrics['ttft_ms'].samples} of {bench.spec.rounds} rounds: "
-        f"the budget of {bench.spec.timing_budget_s:g} s was spent."
+        f"{trial.id} did not reach a steady state in its warm-up: its figures may still hold some of it."
         for trial in trials
-        if trial.metrics and trial.metrics["ttft_ms"].samples < bench.spec.rounds
+        if trial.measurements is not None and not trial.measurements.steady
     ]
     if not bench.hardware.gpus:
         told.append(f"No GPU engine was measured: {bench.hardware.gpu_reason}.")
@@ -80,10 +103,11 @@ def _not_measured(bench: Bench, trials: Sequence[Trial]) -> tuple[str, ...]:
 def deliver(study: Study, tracker: Tracker, parent_run_id: str) -> Study:
     """Bundle and register the champion, write report and figures, log everything, store the study.
 
-    Repeating it after a crash ends in the same state.
+    In a tie nothing is registered: what was registered stays. Repeating it after a crash ends in the same
+    state.
     """
     root = study.output_dir
-    if study.champion is not None:
+    if study.champion is not None and study.verdict.kind == "champion":
         bundle = build_bundle(study, study.trial(study.champion), root / "bundle")
         study = study.model_copy(update={"bundle": bundle})
         registration = tracker.register_champion(study, bundle, parent_run_id)

@@ -1,7 +1,8 @@
 """The plots of a study, as PNG for Prefect and MLflow or as SVG that follows the page's colours.
 
 Figures are made with ``matplotlib.figure.Figure``: pyplot keeps global state and is not for threads.
-Blue keeps the quality asked for, orange does not, grey was not judged; hollow misses a limit.
+Blue keeps the quality asked for, orange does not, grey was not judged; hollow misses a limit, and a small
+hollow grey mark is a rough estimate.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
+from open_autoglm.evidence import noise_of, phase_shares
 from open_autoglm.readout import METRICS, baseline, champion, measured, number, role
-from open_autoglm.schemas import FOREIGN_CPU_LIMIT, RooflineBound, Study, Trial
+from open_autoglm.schemas import Comparison, Study, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,14 +30,13 @@ GOOD, POOR, UNJUDGED = "#2f74e0", "#d9730d", "#808b99"
 
 def pareto_figure(study: Study, form: Form = "png") -> bytes:
     """Time to the last token against peak memory; a halo marks the Pareto front, a dashed line a limit."""
-    trials = [t for t in measured(study) if {"e2e_ms", "peak_rss_bytes"} <= t.metrics.keys()]
     figure, [axes] = _canvas(7.6, 4.3, form)
-    if not trials:
+    placed = [(trial, point) for trial in study.trials if (point := _time_and_memory(trial)) is not None]
+    if not placed:
         return _render(_say_empty(figure, [axes]), "pareto", form)
-    points = [(t.metrics["e2e_ms"].median, t.metrics["peak_rss_bytes"].median / 2**20) for t in trials]
-    for trial, (x, y) in zip(trials, points, strict=True):
-        marker, size = _MARKERS[role(study, trial)]
-        axes.plot(x, y, marker=marker, markersize=size, **_paint(study, trial), linestyle="none", zorder=3)
+    shown = _within_reach(placed)
+    for trial, (x, y) in shown:
+        axes.plot(x, y, **_mark(study, trial), linestyle="none", zorder=3)
         if trial.id in study.pareto:
             axes.plot(x, y, **_HALO)
     if study.spec.max_memory:
@@ -45,11 +46,28 @@ def pareto_figure(study: Study, form: Form = "png") -> bytes:
                   ha="right", va="bottom", fontsize=8, color=MUTED)  # fmt: skip
     axes.set_xlabel(f"time to the last of {study.spec.output_tokens} tokens, ms (less is better)")
     axes.set_ylabel("peak memory, MiB (less is better)")
+    points = [point for _, point in shown]
     axes.set_xlim(0, max(x for x, _ in points) * 1.1)
     axes.set_ylim(0, max(y for _, y in points) * 1.12)
-    _name_points(figure, axes, points, [t.id for t in trials])
+    _name_points(figure, axes, points, [f"{'' if trial.metrics else '~ '}{trial.id}" for trial, _ in shown])
     _legend(axes)
     return _render(figure, "pareto", form)
+
+
+def _time_and_memory(trial: Trial) -> Point | None:
+    """(ms to the last token, peak MiB): as timed, or as the screening estimates it."""
+    if trial.status not in ("ok", "stopped") or trial.screening is None:
+        return None
+    timed_e2e = trial.metrics.get("e2e_ms")
+    e2e_ms = timed_e2e.median if timed_e2e else trial.screening.estimated_e2e_ms
+    return e2e_ms, trial.screening.footprint.peak_rss_bytes / 2**20
+
+
+def _within_reach(placed: list[tuple[Trial, Point]]) -> list[tuple[Trial, Point]]:
+    """Without what was only screened and lies so far off that all others would lie on one spot."""
+    times = [x for trial, (x, _) in placed if trial.metrics]
+    reach = 2 * max(times) if times else float("inf")
+    return [(trial, point) for trial, point in placed if trial.metrics or point[0] <= reach]
 
 
 def latency_figure(study: Study, form: Form = "png") -> bytes:
@@ -58,7 +76,10 @@ def latency_figure(study: Study, form: Form = "png") -> bytes:
 
 
 def samples_figure(study: Study, form: Form = "png") -> bytes:
-    """Every raw sample of TTFT and TPOT, one row per engine; orange: disturbed by other processes."""
+    """Every raw sample of TTFT and TPOT, one row per engine.
+
+    Orange: disturbed. Hollow: run again, so it counts in no figure.
+    """
     return _rows(study, form, "samples", _draw_samples)
 
 
@@ -81,35 +102,53 @@ def roofline_figure(study: Study, form: Form = "png") -> bytes:
     return _render(figure, "roofline", form)
 
 
-class PhaseShare(NamedTuple):
-    """One phase of one trial beside the least time the roofline allows."""
+def comparisons_figure(study: Study, form: Form = "png") -> bytes:
+    """Each finalist's paired change against the champion, with its interval; the band is the noise floor."""
+    comparisons = study.comparisons
+    figure, [axes] = _canvas(7.6, 1.1 + 0.4 * max(len(comparisons), 2), form)
+    if not comparisons:
+        return _render(_say_empty(figure, [axes], "nothing was compared"), "comparisons", form)
+    if (noise := noise_of(study)) is not None:
+        axes.axvspan(-100 * noise.floor, 100 * noise.floor, color=MUTED, alpha=0.25, linewidth=0)
+    axes.axvline(0, color=INK, linewidth=1)
+    for row, comparison in enumerate(comparisons):
+        _draw_comparison(axes, row, comparison)
+    metric = METRICS[comparisons[0].metric]
+    axes.set_xlabel(f"{metric.long.lower()} against {comparisons[0].against}, % (right is slower)")
+    axes.set_yticks(range(len(comparisons)), [c.candidate for c in comparisons])
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    _scale_changes(axes, [100 * end for c in comparisons for end in c.interval])
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    return _render(figure, "comparisons", form)
 
-    bound: RooflineBound
-    measured_ms: float
 
-    @property
-    def share(self) -> float:
-        return self.bound.bound_ms / self.measured_ms
+def _scale_changes(axes: Axes, ends: Sequence[float]) -> None:
+    """Linear up to 5 %, where it is decided who is told apart, and logarithmic beyond."""
+    axes.set_xscale("symlog", linthresh=5)
+    left, right = 1.4 * min(-5, *ends), 1.4 * max(5, *ends)
+    axes.set_xlim(left, right)
+    steps = (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    axes.set_xticks([tick for step in steps for tick in {step, -step} if left <= tick <= right])
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
+    axes.minorticks_off()
 
-    @property
-    def flops_per_s(self) -> float:
-        return self.bound.flops / self.measured_ms * 1e3
 
-
-def phase_shares(study: Study, trial: Trial) -> list[PhaseShare]:
-    """Prefill (TTFT) and decode (TPOT) of a trial, where both a bound and a measurement exist."""
-    metric_of = {"prefill": "ttft_ms", "decode": "tpot_ms"}
-    return [
-        PhaseShare(bound, trial.metrics[metric_of[bound.phase]].median)
-        for bound in study.analysis.roofline
-        if bound.precision == trial.candidate.precision and metric_of[bound.phase] in trial.metrics
-    ]
+def _draw_comparison(axes: Axes, row: int, comparison: Comparison) -> None:
+    low, high = (100 * end for end in comparison.interval)
+    color = MUTED if not comparison.clear else POOR if comparison.change > 0 else GOOD
+    axes.hlines(row, low, high, color=color, linewidth=5, alpha=0.45)
+    axes.plot(100 * comparison.change, row, marker="o", markersize=6, color=color, linestyle="none")
+    axes.annotate(f"{100 * comparison.change:+.1f} %", (100 * comparison.change, row), xytext=(0, 8),
+                  textcoords="offset points", ha="center", fontsize=8, color=INK)  # fmt: skip
 
 
 # ── drawing ──────────────────────────────────────────────────────────────────────────────────────
 
 _HALO: dict[str, Any] = {"marker": "o", "markersize": 20, "color": GOOD, "alpha": 0.2, "markeredgewidth": 0}
-_MARKERS = {"champion": ("*", 15), "baseline": ("s", 8), "reference": ("D", 7), "": ("o", 8)}
+_MARKERS = {
+    "champion": ("*", 15), "incumbent": ("P", 9), "baseline": ("s", 8), "reference": ("D", 7), "": ("o", 8),
+}  # fmt: skip
 
 
 def _canvas(width: float, height: float, form: Form, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -143,11 +182,19 @@ def _paint(study: Study, trial: Trial) -> dict[str, Any]:
     return {"color": color, "markerfacecolor": color if trial.feasible else "none", "markeredgewidth": 1.6}
 
 
+def _mark(study: Study, trial: Trial) -> dict[str, Any]:
+    """A finalist as `_paint` has it; smaller if it left in the race; small, grey, hollow if only screened."""
+    marker, size = _MARKERS[role(study, trial)]
+    if not trial.metrics:
+        return {"marker": marker, "markersize": 5, "color": MUTED, "markerfacecolor": "none"}
+    return {"marker": marker, "markersize": size if trial.finalist else 6, **_paint(study, trial)}
+
+
 def _legend(axes: Axes) -> None:
     from matplotlib.lines import Line2D
 
-    def key(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], linestyle="none", markersize=7, markeredgewidth=1.6, label=label, **style)
+    def key(label: str, size: int = 7, **style: Any) -> Line2D:
+        return Line2D([], [], linestyle="none", markersize=size, markeredgewidth=1.6, label=label, **style)
 
     keys = [
         key("keeps the quality", marker="o", color=GOOD),
@@ -156,7 +203,7 @@ def _legend(axes: Axes) -> None:
         Line2D([], [], **{**_HALO, "markersize": 11}, linestyle="none", label="Pareto front"),
         key("champion", marker="*", color=GOOD),
         key("baseline", marker="s", color=MUTED, markerfacecolor="none"),
-        key("reference", marker="D", color=MUTED, markerfacecolor="none"),
+        key("~ estimate", size=5, marker="o", color=MUTED, markerfacecolor="none"),
     ]
     axes.figure.legend(handles=keys, loc="outside upper center", ncols=7, fontsize=8, frameon=False,
                        labelcolor=INK, handletextpad=0.1, columnspacing=0.9)  # fmt: skip
@@ -204,7 +251,7 @@ def _rows(study: Study, form: Form, name: str, draw: Row) -> bytes:
         for row, trial in enumerate(trials):
             draw(axes, row, metric, study, trial)
         axes.set_xlabel(f"{METRICS[metric].long.lower()}, ms (less is better)")
-        axes.set_xlim(0, max(max(t.metrics[metric].values) for t in trials) * 1.12)
+        axes.set_xlim(0, 1.12 * max(ms for t in trials for ms, _, _ in _dots(t, metric)))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -225,14 +272,25 @@ def _draw_interval(axes: Axes, row: int, name: str, study: Study, trial: Trial) 
 
 def _draw_samples(axes: Axes, row: int, name: str, _study: Study, trial: Trial) -> None:
     """Samples lie in the order they were taken, top to bottom, so a drift shows as a slant."""
-    values = trial.metrics[name].values
-    shares = trial.measurements.foreign_cpu_share if trial.measurements else ()
-    if len(shares) != len(values):
-        shares = (0.0,) * len(values)
-    heights = [row - 0.3 + 0.6 * (index + 0.5) / len(values) for index in range(len(values))]
-    colors = [POOR if share > FOREIGN_CPU_LIMIT else GOOD for share in shares]
-    axes.scatter(values, heights, s=16, c=colors, alpha=0.75, linewidths=0)
+    from matplotlib.colors import to_rgba
+
+    dots = _dots(trial, name)
+    heights = [row - 0.3 + 0.6 * (index + 0.5) / len(dots) for index in range(len(dots))]
+    edges = [to_rgba(color, 0.75) for _, color, _ in dots]
+    faces = [to_rgba(color, 0.75 * filled) for _, color, filled in dots]
+    axes.scatter([ms for ms, _, _ in dots], heights, s=16, c=faces, edgecolors=edges, linewidths=0.8)
     axes.vlines(trial.metrics[name].median, row - 0.36, row + 0.36, color=INK, linewidth=1.2)
+
+
+def _dots(trial: Trial, name: str) -> list[tuple[float, str, bool]]:
+    """(ms, colour, whether it counts) of every request, or of the metric's values if the rounds are gone."""
+    if trial.measurements is None:
+        return [(ms, GOOD, True) for ms in trial.metrics[name].values]
+    return [
+        (ms, POOR if turn.conditions.disturbances else GOOD, not turn.repeated)
+        for turn in trial.measurements.rounds
+        for ms in getattr(turn, name)
+    ]
 
 
 def _draw_roofs(study: Study, axes: Axes, *, start: float, reach: float) -> None:
@@ -259,10 +317,10 @@ def _draw_roofs(study: Study, axes: Axes, *, start: float, reach: float) -> None
         axis.set_major_formatter("{x:g}")
 
 
-def _say_empty(figure: Figure, panels: Sequence[Axes]) -> Figure:
+def _say_empty(figure: Figure, panels: Sequence[Axes], words: str = "nothing was measured") -> Figure:
     for axes in panels:
         axes.set_axis_off()
-    figure.text(0.5, 0.5, "nothing was measured", ha="center", color=MUTED)
+    figure.text(0.5, 0.5, words, ha="center", color=MUTED)
     return figure
 
 

@@ -46,7 +46,10 @@ def load_model(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
 
 
 def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
-    """Raise UserError if the context has no room for prompt and output, or for judging the quality."""
+    """Raise UserError if the request contradicts itself, or if the context has no room for prompt and output
+    or for judging the quality."""
+    _check_arrivals(spec)
+    _check_goal(spec)
     needed = spec.prompt_tokens + spec.output_tokens
     if needed > checkpoint.context_tokens:
         raise UserError(
@@ -55,6 +58,38 @@ def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
             "(--input-shape, --output-tokens)"
         )
     plan_layout(checkpoint.context_tokens, spec)
+
+
+def _check_arrivals(spec: OptimizeSpec) -> None:
+    """The server scenario is single requests at a rate, and no other scenario has one."""
+    if spec.scenario != "server":
+        if spec.request_rate_per_s is not None:
+            raise UserError(
+                f"a request rate means nothing in the {spec.scenario} scenario: "
+                "add --scenario server, or leave --request-rate-per-s out"
+            )
+        return
+    if spec.request_rate_per_s is None:
+        raise UserError("the server scenario needs a mean arrival rate: add --request-rate-per-s, such as 2")
+    if spec.batch_size > 1:
+        raise UserError(
+            f"requests arrive one by one in the server scenario, not in batches of {spec.batch_size}: "
+            f"write --input-shape 1,{spec.prompt_tokens}, or choose --scenario offline"
+        )
+
+
+def _check_goal(spec: OptimizeSpec) -> None:
+    """Goodput counts the requests that arrived and were answered within a limit."""
+    if spec.objective != "goodput":
+        return
+    if spec.scenario != "server":
+        raise UserError(
+            "the objective goodput needs requests that arrive: add --scenario server and --request-rate-per-s"
+        )
+    if spec.max_latency is None and spec.max_tpot is None:
+        raise UserError(
+            "the objective goodput counts requests within a limit: add --max-latency, --max-tpot or both"
+        )
 
 
 def resolve_device(target_device: TargetDevice, hardware: Hardware) -> Device:
@@ -84,10 +119,11 @@ def _proposals(engine: Engine, analysis: Analysis, spec: OptimizeSpec, device: D
     if not probe.ready:
         how = f"; mend it with: {probe.install}" if probe.install else ""
         return [candidate.vetoed(probe.reason + how) for candidate in proposed]
-    return [_judged(candidate, analysis, spec) for candidate in proposed]
+    return [judge(candidate, analysis, spec) for candidate in proposed]
 
 
-def _judged(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> Candidate:
+def judge(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> Candidate:
+    """``candidate``, vetoed if it is certain that it does not fit this host or cannot meet a limit."""
     if candidate.vetoed_because is not None:
         return candidate
     reason = _memory_veto(candidate, analysis, spec)
@@ -135,7 +171,7 @@ def _time_veto(
     if limit is None:
         return None
     precision, bits = candidate.precision, candidate.weight_bits
-    measured = bound(analysis.profile, analysis.hardware, spec, phase, precision, bits)
+    measured = bound(analysis.profile, analysis.hardware, _shortest(spec), phase, precision, bits)
     least_ms = measured.bound_ms / PEAK_MARGIN
     if least_ms <= limit.ms:
         return None
@@ -144,6 +180,14 @@ def _time_veto(
         f"cannot meet {name} {limit}: even at {PEAK_MARGIN:g} times the measured peaks of this host the "
         f"roofline leaves a {figure} of {least_ms:.3g} ms"
     )
+
+
+def _shortest(spec: OptimizeSpec) -> OptimizeSpec:
+    """``spec`` at the shortest lengths of its mix: a median may be made of those alone."""
+    if spec.length_mix is None:
+        return spec
+    prompts, outputs, _ = zip(*spec.length_mix.shares, strict=True)
+    return spec.model_copy(update={"prompt_tokens": min(prompts), "output_tokens": min(outputs)})
 
 
 def _least_memory(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> float:

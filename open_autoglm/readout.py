@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from open_autoglm.schemas import FOREIGN_CPU_LIMIT, Metric, Miss, Study, Trial
-from open_autoglm.selection import GOALS, excess
+from open_autoglm.schemas import Metric, Miss, Study, Trial
+from open_autoglm.selection import Goal, duel, excess, goal_of
 from open_autoglm.tracking import mlflow_link
 from open_autoglm.units import number as number
 from open_autoglm.units import quantity as quantity
@@ -35,6 +35,7 @@ METRICS: dict[str, Shown] = {
     "throughput_tokens_per_s": Shown(
         "Throughput", "Throughput with prefill", "tokens/s", lower_is_better=False
     ),
+    "goodput_rps": Shown("Goodput", "Requests within the limits", "requests/s", lower_is_better=False),
     "peak_rss_bytes": Shown("Peak RSS", "Peak resident memory", "bytes"),
     "load_ms": Shown("Load", "Load time", "ms"),
 }
@@ -47,7 +48,11 @@ STATUS_WORDS = {
     "out_of_memory": "out of memory",
     "timed_out": "timed out",
     "incorrect": "incorrect",
+    "stopped": "left early",
 }
+
+PAIRED = {"ttft_ms", "tpot_ms", "e2e_ms", "tokens_per_s", "throughput_tokens_per_s"}
+"""Metrics whose every round is one time, so that two candidates' rounds pair up."""
 
 LIMIT_WORDS = {
     "max_latency": "TTFT",
@@ -85,11 +90,15 @@ def percent_interval(ends: tuple[float, float]) -> str:
 
 
 class Ratio(NamedTuple):
-    """How many times better (above 1) or worse a median is than the baseline's, with a 95 % interval."""
+    """How many times better (above 1) or worse a figure is than the baseline's, with a 95 % interval.
+
+    ``pairs`` is how many paired rounds it rests on; 0 where only the medians are compared.
+    """
 
     factor: float
     low: float
     high: float
+    pairs: int = 0
 
     @property
     def clear(self) -> bool:
@@ -99,11 +108,13 @@ class Ratio(NamedTuple):
 def compare(name: str, trial: Trial, baseline: Trial) -> Ratio | None:
     """``trial`` against ``baseline`` in one metric; None where either lacks it.
 
-    The interval joins those of both medians on the log scale (MOVER: Zou & Donner, *Statistics in
-    Medicine* 27, 2008), which needs no normality and no resampling.
+    Finalists are compared by the rounds they ran side by side. Where there are none, the interval joins
+    those of both medians on the log scale (MOVER: Zou & Donner, *Statistics in Medicine* 27, 2008).
     """
     if name not in trial.metrics or name not in baseline.metrics:
         return None
+    if (paired := _paired(name, trial, baseline)) is not None:
+        return paired
     ours, theirs = _logs(trial.metrics[name]), _logs(baseline.metrics[name])
     if METRICS[name].lower_is_better:
         ours, theirs = theirs, ours
@@ -112,6 +123,16 @@ def compare(name: str, trial: Trial, baseline: Trial) -> Ratio | None:
     down = math.hypot(middle - low, other_high - other_middle)
     up = math.hypot(high - middle, other_middle - other_low)
     return Ratio(math.exp(gain), math.exp(gain - down), math.exp(gain + up))
+
+
+def _paired(name: str, trial: Trial, baseline: Trial) -> Ratio | None:
+    if name not in PAIRED or not (trial.finalist and baseline.finalist):
+        return None
+    compared = duel(trial, baseline, Goal(name, False, "", name))  # of times: a rate's rounds are times too
+    if compared is None:
+        return None
+    low, high = compared.interval
+    return Ratio(1 / (1 + compared.change), 1 / (1 + high), 1 / (1 + low), compared.pairs)
 
 
 def _logs(metric: Metric) -> tuple[float, float, float]:
@@ -137,8 +158,13 @@ def ratio_interval(ratio: Ratio) -> str:
 
 
 def measured(study: Study) -> list[Trial]:
-    """The trials whose figures may be compared: they finished and were correct."""
-    return [trial for trial in study.trials if trial.status == "ok" and trial.metrics]
+    """The finalists: timed to the end, side by side, and correct, so that their figures may be compared."""
+    return [trial for trial in study.trials if trial.status == "ok" and trial.finalist and trial.metrics]
+
+
+def timed(study: Study) -> list[Trial]:
+    """The finalists, and those that were timed in the race before they left it."""
+    return [trial for trial in study.trials if trial.metrics and trial.status in ("ok", "stopped")]
 
 
 def champion(study: Study) -> Trial | None:
@@ -153,25 +179,59 @@ def baseline(study: Study) -> Trial | None:
 def role(study: Study, trial: Trial) -> str:
     if trial.id == study.champion:
         return "champion"
+    if trial.candidate.incumbent:
+        return "incumbent"
     if trial.candidate.baseline:
         return "baseline"
     return "reference" if trial.candidate.reference else ""
 
 
 def standing(study: Study, trial: Trial) -> str:
-    """A trial's place in the study, in a few words: 'misses quality', '1.50× slower', 'crashed'."""
+    """A trial's place in the study, in a few words: 'misses quality', '1.50× slower', 'left: race 4'."""
     if trial.status != "ok":
-        return STATUS_WORDS[trial.status]
+        return _exit_words(trial)
     if trial.id == study.champion:
         return "champion"
     if trial.misses:
         limits = (miss.limit.removeprefix("max_").removeprefix("min_") for miss in trial.misses)
         return f"misses {', '.join(limits)}"
-    best, metric = champion(study), GOALS[study.spec.objective].metric
+    if not trial.finalist:
+        return "not in the final"
+    best, metric = champion(study), goal_of(study.spec).metric
     if best is None:
         return "best, not registered" if trial.id == study.verdict.nearest else "not ranked"
     ratio = compare(metric, trial, best)
     return ratio_words(metric, ratio) if ratio else "not ranked"
+
+
+def _exit_words(trial: Trial) -> str:
+    if trial.fall is None:
+        return STATUS_WORDS[trial.status]
+    heat = "" if trial.fall.heat is None else f" {trial.fall.heat + 1}"
+    return f"left: {trial.fall.stage}{heat}"
+
+
+def figure_words(trial: Trial, name: str, scale: float = 1) -> str:
+    """The median of a metric as a bare number, a rough one from the screening with '~', or a dash.
+
+    Memory is read in the screening alone, so it is as good there as anywhere.
+    """
+    if name in trial.metrics:
+        return number(trial.metrics[name].median / scale)
+    if trial.screening is None:
+        return "–"
+    if name == "e2e_ms":
+        return f"~{number(trial.screening.estimated_e2e_ms / scale)}"
+    if name == "peak_rss_bytes":
+        return number(trial.screening.footprint.peak_rss_bytes / scale)
+    return "–"
+
+
+def quality_words(trial: Trial) -> str:
+    """The share kept on the worse path; '~' where only a slice of the texts was scored."""
+    if trial.quality is None:
+        return "–"
+    return f"{'' if trial.finalist else '~'}{percent(trial.quality.ratio)}"
 
 
 def miss_words(miss: Miss) -> str:
@@ -203,20 +263,26 @@ def reasons(study: Study) -> list[str]:
 
 def headline(study: Study) -> str:
     """The answer in one line."""
-    kind = study.verdict.kind
-    if kind == "champion":
-        return f"Champion: {study.champion}"
-    if kind == "gate_failed":
-        return f"Not registered: the gate refused the results; best was {study.verdict.nearest}"
-    if kind == "dry_run":
-        return "Plan only: nothing was measured"
-    return "No candidate meets every limit"
+    best = study.verdict.nearest
+    return {
+        "champion": f"Champion: {study.champion}",
+        "tie": f"Tie, keep the incumbent: {study.champion}",
+        "insufficient_evidence": f"Insufficient evidence: {best} may be best, but it is not shown to be",
+        "nothing_feasible": "No candidate meets every limit",
+        "gate_failed": f"Not registered: the gate refused the results; best was {best}",
+        "dry_run": "Plan only: nothing was measured",
+    }[study.verdict.kind]
 
 
 def workload_words(study: Study) -> str:
+    """'single_stream: 1 prompt of 512 tokens in, 64 tokens out', with the mix and the rate if there are."""
     spec = study.spec
     prompts = "prompt" if spec.batch_size == 1 else "prompts"
-    return f"{spec.batch_size} {prompts} of {spec.prompt_tokens} tokens in, {spec.output_tokens} tokens out"
+    lengths = f"of {spec.prompt_tokens} tokens in, {spec.output_tokens} tokens out"
+    if spec.length_mix is not None:
+        lengths = f"of mixed lengths {spec.length_mix} (in/out:weight)"
+    rate = f", {number(spec.request_rate_per_s)} requests/s" if spec.request_rate_per_s else ""
+    return f"{spec.scenario}: {spec.batch_size} {prompts} {lengths}{rate}"
 
 
 def limit_words(study: Study) -> list[str]:
@@ -271,34 +337,41 @@ def caveats(study: Study) -> list[str]:
 
 def _weak_figures(trials: Sequence[Trial]) -> Iterator[str]:
     latencies = [t.metrics[name] for t in trials for name in ("ttft_ms", "tpot_ms") if name in t.metrics]
-    if weak := [metric.samples for metric in latencies if metric.p95_indicative]:
+    if weak := [metric.samples for metric in latencies if metric.indicative]:
         fewest, most = min(weak), max(weak)
         count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        yield f"No p95 marked indicative decides: {count} samples are too few for a percentile."
+        yield f"No percentile marked indicative decides: {count} samples are too few for it."
     single = {name for trial in trials for name, metric in trial.metrics.items() if metric.samples == 1}
     if names := [shown.short for name, shown in METRICS.items() if name in single]:
-        yield f"{' and '.join(names)} were sampled once per engine, so they have no interval."
+        yield f"{' and '.join(names)} were taken once per engine, so they have no interval."
 
 
 def _disturbances(trials: Sequence[Trial]) -> Iterator[str]:
     for trial in trials:
-        if trial.measurements is None:
+        taken = trial.measurements
+        if taken is None:
             continue
-        if noisy := trial.measurements.noisy_rounds:
-            rounds = len(trial.measurements.foreign_cpu_share)
-            others = f"other processes took more than {FOREIGN_CPU_LIMIT} cores"
-            yield f"{trial.id} was disturbed: {others} in {noisy} of {rounds} rounds."
-        if (produced := trial.measurements.output_tokens_ratio) < 1:
-            yield f"{trial.id} gave only {percent(produced)} of the tokens asked for."
+        if taken.noisy_rounds:
+            found = (reason for turn in taken.counted for reason in turn.conditions.disturbances)
+            reasons = "; ".join(list(dict.fromkeys(found))[:2])
+            rounds = f"{taken.noisy_rounds} of {len(taken.counted)} rounds"
+            yield f"{trial.id} was disturbed in {rounds}, though they were run again: {reasons}."
+        if taken.output_tokens_ratio < 1:
+            yield f"{trial.id} gave only {percent(taken.output_tokens_ratio)} of the tokens asked for."
 
 
 def _gaps(study: Study) -> Iterator[str]:
     if measured(study) and baseline(study) is None:
         yield "The hand-tuned baseline has no result, so nothing is compared with it."
+    if study.incumbent is not None and study.incumbent.note:
+        named = f"{study.incumbent.model_name} version {study.incumbent.version}"
+        yield f"The registered champion ({named}) was not measured again: {study.incumbent.note}."
     for trial in measured(study):
         if trial.quality is None:
             yield f"The quality of {trial.id} was not judged."
-    if reused := [trial.id for trial in study.trials if trial.reused]:
-        yield f"Taken from an earlier run of this study, not measured anew: {', '.join(reused)}."
+    if study.spec.length_mix is not None and measured(study):
+        yield "No roofline is given: with a mix of lengths there is no one bound."
+    if left := [trial.id for trial in study.trials if trial.status == "stopped"]:
+        yield f"Left before the final, so known less well: {', '.join(left)}."
     if vetoed := [trial.id for trial in study.trials if trial.status == "vetoed"]:
         yield f"Vetoed before the start, for the reasons given above: {', '.join(vetoed)}."

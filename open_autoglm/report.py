@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from open_autoglm import figures, readout
+from open_autoglm import breakeven, evidence, figures, readout
 from open_autoglm.files import write_atomic
-from open_autoglm.schemas import Metric, QualityReport, Study, Trial
+from open_autoglm.schemas import QualityReport, Study, Trial
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,10 +32,12 @@ def render_report(study: Study) -> str:
     return template.render(
         study=study,
         measured=readout.measured(study),
+        timed=readout.timed(study),
         champion=readout.champion(study),
         baseline=readout.baseline(study),
         comparison=comparison(study),
-        shares=[(trial, figures.phase_shares(study, trial)) for trial in readout.measured(study)],
+        shares=[(trial, evidence.phase_shares(study, trial)) for trial in readout.timed(study)],
+        break_even=breakeven.break_even(readout.measured(study)),
         facts=facts(study),
         settings=settings(study),
     )
@@ -74,9 +76,14 @@ def _compare(name: str, before: Trial, after: Trial) -> Compared:
         after=readout.quantity(new.median, new.unit),
         after_interval=readout.interval(new),
         words=readout.ratio_words(name, ratio),
-        interval=readout.ratio_interval(ratio) if old.samples > 1 and new.samples > 1 else "one sample each",
+        interval=_interval_words(ratio) if old.samples > 1 and new.samples > 1 else "one sample each",
         better=ratio.factor > 1 if ratio.clear else None,
     )
+
+
+def _interval_words(ratio: readout.Ratio) -> str:
+    """'3.45–3.62×, 10 pairs', or without pairs that only the medians are compared."""
+    return f"{readout.ratio_interval(ratio)}, {f'{ratio.pairs} pairs' if ratio.pairs else 'not paired'}"
 
 
 def _compare_quality(before: Trial, after: Trial) -> list[Compared]:
@@ -90,8 +97,7 @@ def _compare_quality(before: Trial, after: Trial) -> list[Compared]:
 
 
 def _quality_cells(report: QualityReport) -> tuple[str, str]:
-    path = report.prefill if report.worse_path == "prefill" else report.decode
-    ends = readout.percent_interval(path.ratio_interval)
+    ends = readout.percent_interval(report.worse.ratio_interval)
     return readout.percent(report.ratio), f"{ends}, {report.worse_path}"
 
 
@@ -117,7 +123,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 
 _UNITS = {"batch_size": "per call", "prompt_tokens": "tokens", "output_tokens": "tokens",
-          "quality_tokens": "tokens", "rounds": "rounds"}  # fmt: skip
+          "quality_tokens": "tokens", "rounds": "rounds", "timing_budget_s": "s"}  # fmt: skip
 
 
 def settings(study: Study) -> list[tuple[str, str]]:
@@ -137,11 +143,6 @@ def _setting(name: str, value: Any) -> str:
     return f"{value} {_UNITS.get(name, '')}".rstrip()
 
 
-def p95_words(metric: Metric) -> str:
-    indicative = " (indicative)" if metric.p95_indicative else ""
-    return f"{readout.quantity(metric.p95, metric.unit)}{indicative}"
-
-
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -155,7 +156,9 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         readout=readout,
-        p95_words=p95_words,
+        evidence=evidence,
+        pays_words=breakeven.pays_words,
+        pays_sentence=breakeven.sentence,
         href=quote,
         # The only markup that is not escaped: our own drawings.
         draw=lambda figure, study: Markup(getattr(figures, f"{figure}_figure")(study, "svg").decode()),

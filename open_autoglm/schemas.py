@@ -13,14 +13,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from open_autoglm.units import ByteSize, Duration, quantity
+from open_autoglm.units import ByteSize, Duration, LengthMix, quantity
 
 FORMAT_VERSION = 1
 """Raised when a stored model changes in a way that an older reader would misunderstand."""
 
+STUDY_FORMAT_VERSION = 2
+
 TargetDevice = Literal["auto", "cpu", "gpu"]
 Device = Literal["cpu", "gpu"]
-Objective = Literal["latency", "throughput", "memory"]
+Objective = Literal["latency", "ttft", "ttft_p95", "tpot", "e2e_p95", "throughput", "goodput", "memory"]
+Scenario = Literal["single_stream", "server", "offline"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 AttentionKind = Literal["mha", "gqa", "mqa", "mla", "mla+dsa"]
 RotaryStyle = Literal["interleaved", "half", "none"]
@@ -64,10 +67,26 @@ class OptimizeSpec(Model):
     batch_size: int = Field(1, ge=1, le=1024, title="Batch size", description="Prompts per call")
     prompt_tokens: int = Field(512, ge=1, title="Prompt length", description="Tokens per prompt")
     output_tokens: int = Field(64, ge=2, title="Output length", description="New tokens per prompt")
+    length_mix: LengthMix | None = Field(
+        None,
+        title="Mix of lengths",
+        description="Prompt/output lengths with their weights instead of one length, such as "
+        "128/32:3,512/64:1; the prompt and output length then are the longest of it",
+    )
+    scenario: Scenario = Field(
+        "single_stream",
+        title="Scenario",
+        description="single_stream: the next request starts when the last one ends; server: Poisson "
+        "arrivals at the request rate; offline: whole batches, for throughput",
+    )
+    request_rate_per_s: float | None = Field(
+        None, gt=0, title="Request rate", description="Mean arrivals per second; the server scenario needs it"
+    )
     objective: Objective = Field(
         "latency",
         title="Objective",
-        description="latency: time to the last token; throughput: decoded tokens/s; memory: peak RSS",
+        description="latency: time to the last token; ttft, tpot and the p95s by name; throughput: decoded "
+        "tokens/s (offline: all tokens/s); goodput: requests/s within the limits; memory: peak RSS",
     )
     max_latency: Duration | None = Field(
         None, title="Limit on TTFT p95", description="Time to first token, with its unit: 50ms, 0.05s"
@@ -89,13 +108,31 @@ class OptimizeSpec(Model):
         (), title="Engines", description="Engines to try; none chosen means all of them"
     )
     rounds: int = Field(
-        10, ge=3, le=1000, title="Timed rounds", description="Requests timed per candidate, after warm-up"
+        10,
+        ge=3,
+        le=2000,
+        title="Timed rounds, at least",
+        description="Rounds of each finalist, after warm-up; more follow until the target width is met",
+    )
+    target_width: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        title="Target width of intervals",
+        description="Rounds are added until the 95 % interval of each comparison is narrower than this share",
     )
     timing_budget_s: float = Field(
-        20,
+        120,
         gt=0,
         title="Timing budget in seconds",
-        description="A candidate's rounds end early when this is spent, though not before five were timed",
+        description="Rounds of the final end when this is spent, though not before five; the race has half",
+    )
+    search_generations: int = Field(
+        1,
+        ge=0,
+        le=5,
+        title="Search generations",
+        description="How often the leaders' neighbours in the engines' search spaces are tried; 0: none",
     )
     quality_tokens: int = Field(
         3072,
@@ -122,6 +159,16 @@ class OptimizeSpec(Model):
     allow_pickle: bool = Field(
         False, title="Allow pickles", description="Load .bin weights, which can run code when opened"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _longest_of_the_mix(cls, given: Any) -> Any:
+        """With a mix of lengths, prompt and output length are what the cache needs room for."""
+        if not isinstance(given, dict) or not (mix := given.get("length_mix")):
+            return given
+        shares = LengthMix(str(mix)).shares
+        longest = {"prompt_tokens": max(s[0] for s in shares), "output_tokens": max(s[1] for s in shares)}
+        return given | longest
 
 
 # ── what is known before anything runs ───────────────────────────────────────────────────────────
@@ -277,6 +324,9 @@ class Probe(Model):
         return self.stage == "ready"
 
 
+Knob = str | int | float | bool
+
+
 class Candidate(Model):
     """One way to serve the model: engine × precision × knobs, and why it is (not) on the list."""
 
@@ -285,14 +335,23 @@ class Candidate(Model):
     device: Device
     precision: Precision
     weight_bits: float = Field(description="mean stored bits per weight, scales included")
-    knobs: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    knobs: dict[str, Knob] = Field(default_factory=dict)
     proposed_because: str
     vetoed_because: str | None = None
     reference: bool = False
     baseline: bool = False
+    incumbent: bool = Field(False, description="the registered champion, measured again beside the others")
 
     def vetoed(self, reason: str) -> Self:
         return self.model_copy(update={"vetoed_because": reason})
+
+
+class Dimension(Model):
+    """One knob of a candidate that an engine lets the search turn, and the values worth trying here."""
+
+    knob: str
+    values: tuple[Knob, ...]
+    because: str = Field(description="what the knob trades")
 
 
 class ExportedModel(Model):
@@ -310,18 +369,26 @@ class ExportedModel(Model):
 
 
 class Workload(Model):
-    """The token ids every candidate is timed on, saved once per study.
+    """The requests every candidate is timed on, saved once per study.
 
-    The file at `path` is a ``.npy`` of ``int64[prompts, batch, prompt_tokens]``: one batch per round, the
-    warm-ups first; every row starts elsewhere in the texts.
+    The file at `path` is a ``.npz`` with one entry per round: ``prompts`` is
+    ``int64[rounds, requests * batch, longest prompt]``, padded on the right; ``prompt_tokens`` and
+    ``output_tokens`` are ``int64[rounds, requests]``; ``arrivals_ms`` is ``float64[rounds, requests]``,
+    counted from the start of the round (zero unless the scenario is server).
     """
 
     path: Path
     sha256: str
+    scenario: Scenario = "single_stream"
     batch_size: int
-    prompt_tokens: int
-    output_tokens: int
-    rounds: int
+    prompt_tokens: int = Field(description="of the longest request")
+    output_tokens: int = Field(description="of the longest request")
+    rounds: int = Field(description="different rounds in the file; a longer run begins again")
+    requests: int = Field(1, description="per round: 1, or the arrivals of a server round")
+    request_rate_per_s: float | None = None
+    length_mix: str | None = None
+    slo_ttft_ms: float | None = Field(None, description="goodput: a request is good within both")
+    slo_tpot_ms: float | None = None
     seed: int
     corpus: str
 
@@ -330,13 +397,17 @@ class Workload(Model):
 
 
 FOREIGN_CPU_LIMIT = 0.1
-"""Cores taken by other processes above which a round is suspect."""
+"""Cores taken by other processes above which a round is disturbed."""
+STEAL_LIMIT = 0.05
+"""Cores the hypervisor gave away above which a round is disturbed."""
+SLOW_CLOCK_LIMIT = 0.9
+"""Share of the highest clock seen below which a round is disturbed."""
 
 
 class Metric(Model):
     """A figure with its evidence. ``values`` keeps the raw samples in the order they were taken."""
 
-    unit: Literal["ms", "tokens/s", "bytes"]
+    unit: Literal["ms", "tokens/s", "requests/s", "bytes"]
     median: float
     interval: tuple[float, float] = Field(description="95 % confidence interval of the median")
     samples: int
@@ -344,25 +415,145 @@ class Metric(Model):
     p90: float
     p95: float
     p99: float
-    p95_indicative: bool = Field(description="true when there are too few samples for p95 to decide")
+    indicative: tuple[Literal["p90", "p95", "p99"], ...] = Field(
+        description="percentiles that too few samples stand behind for them to decide"
+    )
     values: tuple[float, ...]
 
 
+class Conditions(Model):
+    """What else the host did during one round."""
+
+    foreign_cores: float = Field(description="cores kept busy by other processes, steal included")
+    steal_cores: float = Field(0, description="cores the hypervisor gave to others")
+    swapped_pages: int = Field(0, description="pages the host swapped in or out")
+    clock_share: float | None = Field(
+        None, description="the fastest core's clock / the highest seen; None where the kernel does not tell"
+    )
+
+    @property
+    def disturbances(self) -> tuple[str, ...]:
+        """Why the round is not to be trusted; empty if it is."""
+        found = []
+        if self.steal_cores > STEAL_LIMIT:
+            found.append(f"the hypervisor took {self.steal_cores:.2f} cores")
+        elif self.foreign_cores > FOREIGN_CPU_LIMIT:
+            found.append(f"other processes took {self.foreign_cores:.2f} cores")
+        if self.swapped_pages:
+            found.append(f"{self.swapped_pages} pages were swapped")
+        if self.clock_share is not None and self.clock_share < SLOW_CLOCK_LIMIT:
+            found.append(f"the clock fell to {self.clock_share:.0%}")
+        return tuple(found)
+
+
+class Round(Model):
+    """One timed turn of one candidate: one request, or the arrivals of one server round."""
+
+    index: int = Field(description="which of the workload's rounds: the same prompts for every candidate")
+    ttft_ms: tuple[float, ...] = Field(description="per request; from its arrival in the server scenario")
+    tpot_ms: tuple[float, ...] = Field(description="per request, the first token excluded")
+    e2e_ms: tuple[float, ...] = Field(description="per request, from its arrival")
+    token_ms: tuple[tuple[float, ...], ...] = Field(description="per request, each token after the first")
+    output_tokens: tuple[int, ...] = Field(description="generated per request and row")
+    duration_ms: float
+    conditions: Conditions
+    repeated: bool = Field(False, description="disturbed and run again: kept, but counted in no figure")
+
+
+class Footprint(Model):
+    """Memory of a fresh process that opens a candidate and answers one request; nothing is timed for the
+    race meanwhile. Mapped files count as far as they were touched; PSS shares them among processes."""
+
+    peak_rss_bytes: int = Field(description="VmHWM: the most physical memory it held, files included")
+    peak_pss_bytes: int = Field(description="the same, but shared pages divided among their users; sampled")
+    mapped_file_bytes: int = Field(description="of the sample with the highest RSS, pages of mapped files")
+    device_bytes: int | None = Field(None, description="peak memory on a GPU, where there is one")
+
+
+class Screening(Model):
+    """A first look at a candidate, alone in a fresh process: memory, quality on a slice, short prompts."""
+
+    footprint: Footprint
+    load_ms: float
+    first_request_ms: float = Field(description="compilation and first touch included")
+    prompt_tokens: int
+    output_tokens: int
+    rounds: tuple[Round, ...]
+    estimated_e2e_ms: float = Field(description="short rounds scaled to the workload's lengths; ranks only")
+    facts: dict[str, str]
+
+
 class Measurements(Model):
-    """What one child process measured of one candidate."""
+    """All rounds of one candidate in one stage, and the figures made of them."""
 
     metrics: dict[str, Metric]
-    warmups: dict[str, tuple[float, ...]] = Field(description="discarded leading rounds, by metric")
-    token_ms: tuple[tuple[float, ...], ...] = Field(description="time of each decoded token, per round")
-    foreign_cpu_share: tuple[float, ...] = Field(
-        description="CPU taken by other processes per round, in cores; above 0.1 the round is suspect"
-    )
+    rounds: tuple[Round, ...] = Field(description="in the order they were run, repeated ones included")
+    warmups: tuple[Round, ...] = Field(description="run before the steady state was found; counted nowhere")
+    steady: bool = Field(description="false if the warm-up ended without a steady state")
     output_tokens_ratio: float = Field(description="generated tokens / requested tokens")
     environment: dict[str, str]
 
     @property
+    def counted(self) -> tuple[Round, ...]:
+        """The rounds that the figures are made of."""
+        return tuple(r for r in self.rounds if not r.repeated)
+
+    @property
     def noisy_rounds(self) -> int:
-        return sum(share > FOREIGN_CPU_LIMIT for share in self.foreign_cpu_share)
+        """Counted rounds that stayed disturbed although they were repeated."""
+        return sum(bool(r.conditions.disturbances) for r in self.counted)
+
+    @property
+    def repeated_rounds(self) -> int:
+        return len(self.rounds) - len(self.counted)
+
+
+class Comparison(Model):
+    """A paired comparison: both candidates ran the same rounds, one right after the other.
+
+    ``change`` is of the metric's value, ``candidate / against - 1``: -0.1 is 10 % less.
+    """
+
+    candidate: str
+    against: str
+    metric: str
+    pairs: int
+    change: float
+    interval: tuple[float, float]
+    confidence: float
+
+    @property
+    def clear(self) -> bool:
+        return not self.interval[0] <= 0 <= self.interval[1]
+
+
+class NoiseFloor(Model):
+    """An A/A run: the same candidate twice, in two processes, among the finalists."""
+
+    comparison: Comparison
+    floor: float = Field(description="a smaller change than this is not told from none on this host")
+    detectable: float = Field(description="the least change found 9 times in 10 with that many rounds")
+
+
+class Fall(Model):
+    """Where and why a candidate left the race."""
+
+    stage: Literal["screening", "race", "final"]
+    heat: int | None = None
+    reason: str
+
+
+class Race(Model):
+    """Interleaved heats: in each, every candidate still in runs one round; odd heats run in reverse."""
+
+    stage: Literal["race", "final"]
+    metric: str
+    heats: tuple[tuple[str, ...], ...] = Field(description="candidates of each heat in the order they ran")
+    fallen: dict[str, Fall]
+    comparisons: tuple[Comparison, ...] = Field(description="the leader against each of the others")
+    noise: NoiseFloor | None = None
+    stopped_because: str
+    seconds: float
 
 
 class PathQuality(Model):
@@ -403,7 +594,10 @@ class QualityReport(Model):
         return self.decode if self.worse_path == "decode" else self.prefill
 
 
-TrialStatus = Literal["vetoed", "failed", "crashed", "out_of_memory", "timed_out", "incorrect", "ok"]
+TrialStatus = Literal[
+    "vetoed", "failed", "crashed", "out_of_memory", "timed_out", "incorrect", "stopped", "ok"
+]
+"""``stopped``: able, but out of the race before its end, with the evidence for it."""
 
 
 class Miss(Model):
@@ -421,10 +615,24 @@ class Miss(Model):
         return f"{self.limit}: {measured} {beyond} {allowed} ({self.decided_by})"
 
 
+class Capsule(Model):
+    """What it takes to run one trial again and to judge whether the result is the same."""
+
+    command: str
+    seed: int
+    candidate: Candidate
+    checkpoint_digest: str
+    export_digest: str
+    workload_sha256: str
+    fingerprint: str
+    host: dict[str, str] = Field(description="CPU, governor, kernel, peaks and what else timing depends on")
+    versions: dict[str, str]
+
+
 class Trial(Model):
     """One candidate's whole story."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = STUDY_FORMAT_VERSION
     id: str
     engine: str
     candidate: Candidate
@@ -432,6 +640,7 @@ class Trial(Model):
     reason: str
     metrics: dict[str, Metric] = Field(default_factory=dict)
     quality: QualityReport | None = None
+    screening: Screening | None = None
     measurements: Measurements | None = Field(None, exclude=True)
     samples_path: str | None = Field(None, description="raw samples, relative to the study directory")
     exported: ExportedModel | None = None
@@ -439,10 +648,15 @@ class Trial(Model):
     mlflow_run_id: str | None = None
     feasible: bool = False
     misses: tuple[Miss, ...] = ()
-    reused: bool = False
+    finalist: bool = False
+    fall: Fall | None = None
+    capsule: Capsule | None = None
+    reused: tuple[str, ...] = Field((), description="stages whose results are from an earlier run")
 
 
-VerdictKind = Literal["champion", "nothing_feasible", "gate_failed", "dry_run"]
+VerdictKind = Literal[
+    "champion", "tie", "nothing_feasible", "insufficient_evidence", "gate_failed", "dry_run"
+]
 
 
 class Verdict(Model):
@@ -451,6 +665,15 @@ class Verdict(Model):
     kind: VerdictKind
     reasons: tuple[str, ...]
     nearest: str | None = Field(None, description="when nothing is feasible: the candidate that misses least")
+
+
+class Incumbent(Model):
+    """The registered champion that a challenger has to beat."""
+
+    trial_id: str | None = Field(None, description="the trial that measured it again")
+    model_name: str
+    version: str
+    note: str = Field("", description="why it is not compared, where it is not")
 
 
 class GateResult(Model):
@@ -491,7 +714,7 @@ class Bundle(Model):
 class Study(Model):
     """All trials of one spec on one host, ranked, with the verdict. Stored as ``study.json``."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = STUDY_FORMAT_VERSION
     id: str
     created: datetime
     finished: datetime | None = None
@@ -500,7 +723,13 @@ class Study(Model):
     analysis: Analysis
     workload: Workload | None = None
     verdict: Verdict
-    champion: str | None = Field(None, description="trial id")
+    champion: str | None = Field(None, description="trial id; in a tie, the incumbent's")
+    incumbent: Incumbent | None = None
+    races: tuple[Race, ...] = ()
+    comparisons: tuple[Comparison, ...] = Field(
+        (), description="the champion, or the best challenger, against each other finalist, paired"
+    )
+    search: tuple[str, ...] = Field((), description="what the search tried and learned, in sentences")
     pareto: tuple[str, ...] = Field((), description="trial ids on the front of latency, memory and quality")
     trials: tuple[Trial, ...]
     gate: GateResult | None = None

@@ -1,7 +1,7 @@
 """A study's directory: its identity, its state after each unit of work, and its lock.
 
 identity.json    which spec, checkpoint and host this directory belongs to
-trials/ID.json   one finished trial; a resumed study keeps it
+trials/ID.json   each trial as far as it got
 samples/ID.json  its raw samples
 logs/ID-*.log    what its children printed
 study.json       the result; present only when the study is finished
@@ -11,7 +11,6 @@ report.html, bundle/, data-docs/
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -171,25 +170,13 @@ def working_on(study: StudyRef) -> Iterator[None]:
 
 
 def save_trial(study: StudyRef, trial: Trial) -> Trial:
-    """Keep a trial, and its raw samples if it has any, so that a resumed study finds them."""
+    """Write a trial as far as it got, and its raw samples if it has any."""
     if trial.measurements is not None:
         path = study.samples_path(trial.id)
         write_atomic(path, trial.measurements.model_dump_json(indent=1))
         trial = trial.model_copy(update={"samples_path": str(path.relative_to(study.root))})
     write_atomic(study.trial_path(trial.id), trial.model_dump_json(indent=1))
     return trial
-
-
-def load_trial(study: StudyRef, trial_id: str, max_age_hours: float) -> Trial | None:
-    """A trial kept earlier and not too long ago, with its raw samples; None if any of it cannot be read."""
-    path = study.trial_path(trial_id)
-    if not path.exists() or time.time() - path.stat().st_mtime > max_age_hours * 3600:
-        return None
-    try:
-        trial = _with_samples(study.root, Trial.model_validate_json(path.read_bytes()))
-    except (ValueError, OSError):  # another version's, or cleared away: it is measured again
-        return None
-    return trial.model_copy(update={"reused": True})
 
 
 def _with_samples(root: Path, trial: Trial) -> Trial:

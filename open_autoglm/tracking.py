@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.errors import UserError
@@ -33,6 +33,7 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 _LONGEST_TAG = 5000
+_ENDED_WELL = ("ok", "stopped", "vetoed")
 
 
 def registered_name(spec: OptimizeSpec, checkpoint_name: str) -> str:
@@ -49,6 +50,13 @@ def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None
         return None
     run = f"/{run_id}" if run_id else ""
     return f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs{run}?workflowType=machine_learning"
+
+
+class RegisteredChampion(NamedTuple):
+    """A version in the registry and its bundle."""
+
+    version: str
+    bundle: Path
 
 
 class Tracker:
@@ -102,7 +110,7 @@ class Tracker:
         self._log(run_id, params=_trial_params(trial), metrics=_trial_metrics(trial), tags=_trial_tags(trial))
         self._client.log_text(run_id, trial.model_dump_json(indent=2), "trial.json")
         self._log_files(run_id, files)
-        self._client.set_terminated(run_id, "FINISHED" if trial.status in ("ok", "vetoed") else "FAILED")
+        self._client.set_terminated(run_id, "FINISHED" if trial.status in _ENDED_WELL else "FAILED")
         return run_id
 
     def finish_study(self, parent_run_id: str, study: Study, files: Iterable[Path] = ()) -> None:
@@ -189,6 +197,28 @@ class Tracker:
         """Where a run can be found, with nothing registered."""
         experiment_id = str(self._client.get_run(run_id).info.experiment_id)
         return Registration(tracking_uri=self.uri, experiment_id=experiment_id, run_id=run_id)
+
+    def champion(self, name: str, cache: Path) -> RegisteredChampion | None:
+        """The version that carries the champion's alias, with its bundle on this machine; None without one.
+
+        A server's artifacts are downloaded into ``cache``, once per version.
+        """
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self._client.get_model_version_by_alias(name, CHAMPION)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        place = None if not _is_http(self.uri) else str(cache / f"{name}-{version.version}")
+        if place is not None:
+            Path(place).mkdir(parents=True, exist_ok=True)
+        path = download_artifacts(
+            artifact_uri=f"{version.source}/artifacts/bundle", dst_path=place, tracking_uri=self.uri
+        )
+        return RegisteredChampion(str(version.version), Path(path))
 
     def register_champion(self, study: Study, bundle: Bundle, parent_run_id: str) -> Registration:
         """Make ``bundle`` the ``champion`` of its registered model; the one before becomes ``previous``.
@@ -328,7 +358,7 @@ def _trial_metrics(trial: Trial) -> dict[str, float]:
         low, high = metric.interval
         figures |= {
             name: metric.median,
-            f"{name}_p95": metric.p95,
+            **{f"{name}_{p}": getattr(metric, p) for p in ("p90", "p95", "p99")},
             f"{name}_low": low,
             f"{name}_high": high,
             f"{name}_samples": metric.samples,
@@ -339,17 +369,58 @@ def _trial_metrics(trial: Trial) -> dict[str, float]:
             scores = getattr(quality, path)
             for score in ("ratio", "perplexity", "kl_divergence", "top1_agreement"):
                 figures[f"quality_{path}_{score}"] = getattr(scores, score)
-    return figures
+    return figures | _screening_metrics(trial) | _round_counts(trial)
+
+
+def _screening_metrics(trial: Trial) -> dict[str, float]:
+    """Rough times under names of their own, so that nobody ranks by them what was timed."""
+    if trial.screening is None:
+        return {}
+    screening, footprint = trial.screening, trial.screening.footprint
+    figures = {
+        "estimated_e2e_ms": screening.estimated_e2e_ms,
+        "load_ms": screening.load_ms,
+        "first_request_ms": screening.first_request_ms,
+        **footprint.model_dump(exclude_none=True),
+    }
+    return {f"screening_{name}": float(value) for name, value in figures.items()}
+
+
+def _round_counts(trial: Trial) -> dict[str, float]:
+    taken = trial.measurements
+    if taken is None:
+        return {}
+    return {
+        "rounds": len(taken.counted),
+        "rounds_repeated": taken.repeated_rounds,
+        "rounds_disturbed": taken.noisy_rounds,
+    }
 
 
 def _trial_tags(trial: Trial) -> dict[str, str]:
+    weak = [f"{name}: {' '.join(m.indicative)}" for name, m in trial.metrics.items() if m.indicative]
+    fall = trial.fall
     return {
         "autoglm.status": trial.status,
         "autoglm.reason": trial.reason,
         "autoglm.engine": trial.engine,
         "autoglm.feasible": str(trial.feasible).lower(),
+        "autoglm.stage": _stage(trial),
+        "autoglm.fall": f"{fall.stage}: {fall.reason}" if fall else "",
+        "autoglm.indicative": "; ".join(weak),
+        "autoglm.reused": " ".join(trial.reused),
+        "autoglm.reproduce": trial.capsule.command if trial.capsule else "",
         "mlflow.note.content": f"{trial.status}: {trial.reason}",
     }
+
+
+def _stage(trial: Trial) -> str:
+    """The last stage it took part in."""
+    if trial.finalist:
+        return "final"
+    if trial.metrics:
+        return "race"
+    return "screening" if trial.screening else "export" if trial.exported else "plan"
 
 
 def _version_tags(study: Study, bundle: Bundle) -> dict[str, str]:

@@ -1,19 +1,22 @@
-"""One candidate's way through a study: exported, timed, judged. Whatever fails, the trial says so."""
+"""One candidate's way to the race: exported, looked at in a process of its own, judged. Whatever fails, the
+trial says so."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import SessionOptions
-from open_autoglm.export.routes import library_versions
+from open_autoglm.engines.contract import SessionOptions, threads_of
 from open_autoglm.export.store import export_candidate
-from open_autoglm.files import digest_of, file_lock
-from open_autoglm.measure.isolation import Answer, Failure, run_isolated
-from open_autoglm.measure.jobs import MeasureJob, OpenJob, ReferenceDone, ReferenceJob, ScoreJob
+from open_autoglm.files import file_lock
+from open_autoglm.hardware import read_memory
+from open_autoglm.measure import jobs
+from open_autoglm.measure.isolation import Answer, Child, Failure
+from open_autoglm.measure.lease import device_lease
+from open_autoglm.memo import Memo, key_of
 from open_autoglm.progress import announce
 from open_autoglm.quality.reference import EvaluationSet
 from open_autoglm.schemas import (
@@ -22,19 +25,25 @@ from open_autoglm.schemas import (
     Checkpoint,
     ExportedModel,
     Hardware,
-    Measurements,
     Model,
     OptimizeSpec,
     QualityReport,
+    Round,
+    Screening,
     Trial,
     Workload,
 )
 from open_autoglm.settings import Settings
-from open_autoglm.study import StudyRef, load_trial, save_trial
+from open_autoglm.study import StudyRef, save_trial
 from open_autoglm.units import quantity
 
 _MEMORY_SHARE = 0.9
 """A child may take this share of the memory that is free when it starts."""
+
+SLICE_WINDOWS = 1
+"""Windows of each text that the screening reads; enough to see that an engine is hopeless."""
+
+SHORT_PROMPT_TOKENS, SHORT_OUTPUT_TOKENS, SHORT_ROUNDS = 128, 16, 3
 
 
 class Bench(Model):
@@ -56,6 +65,68 @@ class Bench(Model):
         )
 
 
+class Screened(Model):
+    """What a first look found out; kept for the next study that asks the same."""
+
+    screening: Screening
+    quality: QualityReport
+
+
+class Stopped(Exception):
+    """Leaves a conversation with a child; the failure is the trial's."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+# ── children ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Conversation:
+    """A child that holds one candidate's session. Raises Stopped where the child gives no answer."""
+
+    def __init__(self, bench: Bench, trial: Trial, log: Path, settings: Settings) -> None:
+        candidate = trial.candidate
+        self._bench, self._trial = bench, trial
+        self._timeout_s = settings.trial_timeout_s
+        threads = threads_of(candidate, bench.options())
+        self.child = Child(
+            log,
+            environment=child_environment(settings, threads),
+            memory_limit_bytes=_memory_limit(candidate),
+            cpus=cores_for(threads),
+        )
+
+    def ask(self, name: str, payload: Model, answer_type: type[Answer]) -> Answer:
+        answer = self.child.ask(f"{jobs.PREFIX}:{name}", payload, answer_type, self._timeout_s)
+        if isinstance(answer, Failure):
+            raise Stopped(answer)
+        return answer
+
+    def load(self) -> float:
+        """Open the session, where others may prepare too; returns the milliseconds it took."""
+        job = jobs.OpenJob(
+            candidate=self._trial.candidate,
+            exported=exported_of(self._trial),
+            options=self._bench.options(),
+            workload=self._bench.workload,
+        )
+        with device_lease(self._trial.candidate.device, alone=False):
+            return self.ask("open_session", job, jobs.Opened).load_ms
+
+    def first_request(self) -> jobs.FirstRequest:
+        """Answer one request: what compiles or reads for the first time does it here, not in a round."""
+        with device_lease(self._trial.candidate.device, alone=False):
+            return self.ask("first_request", jobs.Nothing(), jobs.FirstRequest)
+
+
+def cores_for(threads: int) -> tuple[int, ...]:
+    """As many cores as threads, so that fewer threads do not wander; () for all there are."""
+    usable = sorted(os.sched_getaffinity(0))
+    return tuple(usable[:threads]) if threads < len(usable) else ()
+
+
 def child_environment(settings: Settings, threads: int) -> dict[str, str]:
     """Threads for OpenMP runtimes, caches inside `home`, and no reaching for the network."""
     return {
@@ -67,23 +138,25 @@ def child_environment(settings: Settings, threads: int) -> dict[str, str]:
     }
 
 
-def begin_trial(study: StudyRef, candidate: Candidate, settings: Settings) -> Trial:
-    """The trial as far as it got before, or a new one."""
-    if candidate.vetoed_because is not None:
-        trial = Trial(
-            id=candidate.id,
-            engine=candidate.engine,
-            candidate=candidate,
-            status="vetoed",
-            reason=candidate.vetoed_because,
-        )
-        return save_trial(study, trial)
-    known = load_trial(study, candidate.id, settings.trial_reuse_hours)
-    if known is not None and known.candidate == candidate:
-        return known
-    return Trial(
-        id=candidate.id, engine=candidate.engine, candidate=candidate, status="ok", reason="not run yet"
+def _memory_limit(candidate: Candidate) -> int | None:
+    """CUDA reserves address space far beyond memory, so only CPU children are limited."""
+    return int(read_memory()[1] * _MEMORY_SHARE) if candidate.device == "cpu" else None
+
+
+# ── stages ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def begin_trial(study: StudyRef, candidate: Candidate) -> Trial:
+    """A new trial; a vetoed candidate's is over before it began."""
+    vetoed = candidate.vetoed_because
+    trial = Trial(
+        id=candidate.id,
+        engine=candidate.engine,
+        candidate=candidate,
+        status="ok" if vetoed is None else "vetoed",
+        reason=vetoed or "not run yet",
     )
+    return trial if vetoed is None else save_trial(study, trial)
 
 
 def export_trial(study: StudyRef, checkpoint: Checkpoint, trial: Trial, settings: Settings) -> Trial:
@@ -93,84 +166,146 @@ def export_trial(study: StudyRef, checkpoint: Checkpoint, trial: Trial, settings
     log = study.log_path(f"{trial.id}-export")
     exported = export_candidate(trial.candidate, checkpoint, settings, log)
     if isinstance(exported, Failure):
-        return _failed(study, trial, "export", exported, log)
-    if exported.route != "checkpoint as it is":
-        how = "reused" if exported.reused else f"exported in {exported.build_s:.0f} s"
-        announce(f"{trial.id}: {how} ({exported.route})")
-    return trial.model_copy(update={"exported": exported})
+        return fail_trial(study, trial, "export", exported, log)
+    made = engines.get(trial.candidate.engine).recipe(trial.candidate) is not None
+    if made and not exported.reused:
+        announce(f"{trial.id}: exported in {exported.build_s:.0f} s ({exported.route})")
+    reused = ("export",) if made and exported.reused else ()
+    return trial.model_copy(update={"exported": exported, "reused": reused})
 
 
-def measure_trial(bench: Bench, trial: Trial, settings: Settings) -> Trial:
-    """Time the candidate in a child of its own."""
-    if trial.status != "ok" or trial.metrics:
+def screen_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:
+    """A first look in a fresh process: memory, quality on a slice, a few short rounds."""
+    if trial.status != "ok":
         return trial
-    log = bench.study.log_path(f"{trial.id}-benchmark")
-    job = MeasureJob(
-        candidate=trial.candidate,
-        exported=_exported(trial),
-        options=bench.options(),
-        workload=bench.workload,
-        timing_budget_s=bench.spec.timing_budget_s,
-    )
-    measured = _run("measure", job, Measurements, bench, log, settings)
-    if isinstance(measured, Failure):
-        return _failed(bench.study, trial, "benchmark", measured, log)
-    metrics = measured.metrics
-    told = {name: quantity(metric.median, metric.unit) for name, metric in metrics.items()}
-    announce(f"{trial.id}: TTFT {told['ttft_ms']}, {told['tokens_per_s']}, {told['peak_rss_bytes']}")
-    update = {"measurements": measured, "metrics": metrics, "reason": "timed, quality not judged yet"}
+    log = bench.study.log_path(f"{trial.id}-screening")
+    if isinstance(reference, Failure):
+        return fail_trial(bench.study, trial, "reference", reference, log)
+    memo, key = Memo(settings, "screenings"), key_of("screening", *_quality_inputs(bench, trial))
+    known = memo.get(key, Screened)
+    if known is None:
+        try:
+            found = _screen(bench, trial, reference, log, settings)
+        except Stopped as stopped:
+            return fail_trial(bench.study, trial, "screening", stopped.failure, log)
+        memo.put(key, found)
+    else:
+        found, trial = known, reused(trial, "screening")
+    told = f"about {quantity(found.screening.estimated_e2e_ms, 'ms')} a request"
+    memory = quantity(found.screening.footprint.peak_rss_bytes, "bytes")
+    announce(f"{trial.id}: {told}, {memory}, keeps {found.quality.ratio:.1%} of the quality on a slice")
+    update = {"screening": found.screening, "quality": found.quality, "reason": "screened"}
     return save_trial(bench.study, trial.model_copy(update=update))
 
 
-def score_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:
-    """Judge the candidate's output against the reference, in a child of its own."""
-    if trial.status != "ok" or trial.quality is not None:
+def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Settings) -> Screened:
+    talk = Conversation(bench, trial, log, settings)
+    with talk.child:
+        load_ms, first = talk.load(), talk.first_request()
+        with device_lease(trial.candidate.device, alone=True):
+            quality = talk.ask("score_session", _score_job(bench, reference, SLICE_WINDOWS), QualityReport)
+            if not quality.finite:
+                raise Stopped(Failure("incorrect", "gave logits that are not finite"))
+            rounds = [talk.ask("timed_round", job, Round) for job in short_jobs(bench.workload)]
+    return Screened(
+        screening=Screening(
+            footprint=first.footprint,
+            load_ms=load_ms,
+            first_request_ms=first.first_request_ms,
+            prompt_tokens=min(SHORT_PROMPT_TOKENS, bench.workload.prompt_tokens),
+            output_tokens=min(SHORT_OUTPUT_TOKENS, bench.workload.output_tokens),
+            rounds=tuple(rounds),
+            estimated_e2e_ms=_estimate_e2e_ms(bench.workload, rounds[1:]),
+            facts=first.facts,
+        ),
+        quality=quality,
+    )
+
+
+def short_jobs(workload: Workload) -> list[jobs.RoundJob]:
+    """One round to get used to the shape, then those that count."""
+    prompt = min(SHORT_PROMPT_TOKENS, workload.prompt_tokens)
+    output = min(SHORT_OUTPUT_TOKENS, workload.output_tokens)
+    return [
+        jobs.RoundJob(index=index, prompt_tokens=prompt, output_tokens=output)
+        for index in range(SHORT_ROUNDS + 1)
+    ]
+
+
+def _estimate_e2e_ms(workload: Workload, rounds: list[Round]) -> float:
+    """Prefill grows with the prompt, decode with the output: good enough to tell the hopeless."""
+    best = min(rounds, key=lambda r: r.e2e_ms[0])
+    longer = workload.prompt_tokens / min(SHORT_PROMPT_TOKENS, workload.prompt_tokens)
+    return best.ttft_ms[0] * longer + best.tpot_ms[0] * (workload.output_tokens - 1)
+
+
+def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:
+    """Judge in full what the slice left unclear, in a fresh process."""
+    quality = trial.quality
+    settled = quality is not None and quality.prefill.clear_of_limit and quality.decode.clear_of_limit
+    if trial.status != "ok" or quality is None or settled:
         return trial
     log = bench.study.log_path(f"{trial.id}-quality")
-    if isinstance(reference, Failure):
-        return _failed(bench.study, trial, "reference", reference, log)
-    job = ScoreJob(
-        candidate=trial.candidate,
-        exported=_exported(trial),
-        options=bench.options(),
+    assert not isinstance(reference, Failure), "without a reference nothing is screened"
+    memo, key = Memo(settings, "quality"), key_of("quality", *_quality_inputs(bench, trial))
+    report = memo.get(key, QualityReport)
+    if report is None:
+        try:
+            report = _evaluate(bench, trial, reference, log, settings)
+        except Stopped as stopped:
+            return fail_trial(bench.study, trial, "quality", stopped.failure, log)
+        memo.put(key, report)
+    else:
+        trial = reused(trial, "quality")
+    announce(f"{trial.id}: keeps {report.ratio:.2%} of the reference's quality ({report.worse_path})")
+    return save_trial(bench.study, trial.model_copy(update={"quality": report}))
+
+
+def _evaluate(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Settings) -> QualityReport:
+    talk = Conversation(bench, trial, log, settings)
+    with talk.child:
+        talk.load()
+        # Two engines with a thread per core each would run several times slower side by side than in turn.
+        with device_lease(trial.candidate.device, alone=True):
+            report = talk.ask("score_session", _score_job(bench, reference, None), QualityReport)
+    if not report.finite:
+        raise Stopped(Failure("incorrect", "gave logits that are not finite"))
+    return report
+
+
+def _score_job(bench: Bench, reference: Path, windows: int | None) -> jobs.ScoreJob:
+    return jobs.ScoreJob(
         evaluation_set=bench.evaluation_set,
         reference=reference,
         min_quality=bench.spec.min_quality,
+        windows=windows,
     )
-    report = _run("score_candidate", job, QualityReport, bench, log, settings)
-    if isinstance(report, Failure):
-        return _failed(bench.study, trial, "quality", report, log)
-    if not report.finite:
-        failure = Failure("incorrect", "gave logits that are not finite")
-        return _failed(bench.study, trial, "quality", failure, log)
-    announce(f"{trial.id}: keeps {report.ratio:.2%} of the reference's quality ({report.worse_path})")
-    update = {"quality": report, "reason": "timed and judged"}
-    return save_trial(bench.study, trial.model_copy(update=update))
 
 
 def prepare_reference(bench: Bench, analysis: Analysis, settings: Settings) -> Path | Failure:
     """The reference's predictions: computed once per checkpoint and evaluation set, then reused."""
     candidate = reference_candidate(analysis, bench.spec)
-    key = digest_of([bench.checkpoint.digest, bench.evaluation_set.sha256, library_versions()])
+    key = key_of("reference", bench.checkpoint.digest, bench.evaluation_set.sha256)
     path = settings.home / "references" / f"{key[:32]}.npz"
+    log = bench.study.log_path("reference")
     with file_lock(path.with_suffix(".lock")):
         if path.exists():
             announce("reference: reused")
             return path
         announce("reference: computing fp32 predictions for the evaluation texts")
-        exported = export_candidate(candidate, bench.checkpoint, settings, bench.study.log_path("reference"))
+        exported = export_candidate(candidate, bench.checkpoint, settings, log)
         if isinstance(exported, Failure):
             return exported
-        job = ReferenceJob(
-            candidate=candidate,
-            exported=exported,
-            options=bench.options(),
-            evaluation_set=bench.evaluation_set,
-            output=path,
-        )
-        log = bench.study.log_path("reference")
-        done = _run("make_reference", job, ReferenceDone, bench, log, settings)
-    return done if isinstance(done, Failure) else done.path
+        trial = begin_trial(bench.study, candidate).model_copy(update={"exported": exported})
+        job = jobs.ReferenceJob(evaluation_set=bench.evaluation_set, output=path)
+        talk = Conversation(bench, trial, log, settings)
+        try:
+            with talk.child:
+                talk.load()
+                with device_lease("cpu", alone=True):
+                    return talk.ask("make_reference", job, jobs.ReferenceDone).path
+        except Stopped as stopped:
+            return stopped.failure
 
 
 def reference_candidate(analysis: Analysis, spec: OptimizeSpec) -> Candidate:
@@ -179,32 +314,43 @@ def reference_candidate(analysis: Analysis, spec: OptimizeSpec) -> Candidate:
     return next(candidate for candidate in proposed if candidate.reference)
 
 
-def _run(
-    name: str, job: OpenJob, answer_type: type[Answer], bench: Bench, log: Path, settings: Settings
-) -> Answer | Failure:
-    """Run one of `measure.jobs` in a child, with the threads, caches and limits all trials get."""
-    return run_isolated(
-        f"open_autoglm.measure.jobs:{name}",
-        job,
-        answer_type,
-        log=log,
-        timeout_s=settings.trial_timeout_s,
-        environment=child_environment(settings, bench.hardware.cores),
-        memory_limit_bytes=_memory_limit(job.candidate),
-    )
+# ── identity and failure ─────────────────────────────────────────────────────────────────────────
 
 
-def _exported(trial: Trial) -> ExportedModel:
+def inputs_of(bench: Bench, trial: Trial) -> list[Any]:
+    """What the timing of a trial depends on, apart from the software."""
+    candidate = trial.candidate
+    workload = bench.workload.model_dump(mode="json", exclude={"path"})
+    return [
+        configuration(candidate),
+        exported_of(trial).digest,
+        bench.checkpoint.digest,
+        bench.options().model_dump(),
+        workload,
+        bench.hardware.fingerprint,
+    ]
+
+
+def configuration(candidate: Candidate) -> Mapping[str, Any]:
+    """What a candidate is, without what is said about it: two that agree in it are the same engine."""
+    return candidate.model_dump(include={"engine", "device", "precision", "knobs"})
+
+
+def _quality_inputs(bench: Bench, trial: Trial) -> list[Any]:
+    return [*inputs_of(bench, trial), bench.evaluation_set.sha256, bench.spec.min_quality]
+
+
+def exported_of(trial: Trial) -> ExportedModel:
     assert trial.exported is not None, "a trial is exported before it is opened"
     return trial.exported
 
 
-def _memory_limit(candidate: Candidate) -> int | None:
-    """CUDA reserves address space far beyond memory, so only CPU children are limited."""
-    return int(psutil.virtual_memory().available * _MEMORY_SHARE) if candidate.device == "cpu" else None
+def reused(trial: Trial, stage: str) -> Trial:
+    return trial.model_copy(update={"reused": (*trial.reused, stage)})
 
 
-def _failed(study: StudyRef, trial: Trial, stage: str, failure: Failure, log: Path) -> Trial:
+def fail_trial(study: StudyRef, trial: Trial, stage: str, failure: Failure, log: Path) -> Trial:
+    """The trial with its status and reason, kept and told."""
     reason = f"{stage}: {failure.reason}"
     announce(f"{trial.id}: {failure.status} — {reason}")
     update = {

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+_MIX_ENTRY = re.compile(r"(\d+)/(\d+)(?::(\d+(?:\.\d+)?))?")
 _NUMBER_AND_UNIT = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -83,6 +84,46 @@ class ByteSize(_Quantity):
     def bytes(self) -> int:
         """Bytes, rounded down."""
         return int(self.in_base_unit)
+
+
+class LengthMix(str):
+    """Prompt and output lengths with their weights: ``128/32:3,512/64:1`` is three of the first to one of
+    the second; a weight left out is 1."""
+
+    def __new__(cls, text: str) -> Self:
+        entries = [part.strip() for part in text.split(",")]
+        for entry in entries:
+            match = _MIX_ENTRY.fullmatch(entry)
+            sound = match and int(match[1]) >= 1 and int(match[2]) >= 2 and 0 < float(match[3] or 1) < 1e9
+            if not sound:
+                raise ValueError(
+                    f"{entry!r} is not a share of a mix of lengths: write prompt/output:weight, at least "
+                    "1 prompt token and 2 output tokens, like 128/32:3,512/64:1"
+                )
+        return super().__new__(cls, ",".join(entries))
+
+    @property
+    def shares(self) -> tuple[tuple[int, int, float], ...]:
+        """(prompt tokens, output tokens, share of the requests) for each kind; the shares add up to 1."""
+        found = [match for match in map(_MIX_ENTRY.fullmatch, self.split(",")) if match is not None]
+        weights = [float(match[3] or 1) for match in found]
+        return tuple(
+            (int(match[1]), int(match[2]), weight / sum(weights))
+            for match, weight in zip(found, weights, strict=True)
+        )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls, core_schema.str_schema(), serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, _schema: CoreSchema, _handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        entry = r"\s*\d+/\d+(:\d+(\.\d+)?)?\s*"
+        return {"type": "string", "pattern": f"^{entry}(,{entry})*$", "examples": ["128/32:3,512/64:1"]}
 
 
 def number(value: float) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from prefect import task
 
+from open_autoglm import search
 from open_autoglm.export.store import check_disk
 from open_autoglm.planning import plan, resolve_device
 from open_autoglm.progress import announce
 from open_autoglm.roofline import analyze
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Hardware, OptimizeSpec
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Hardware, OptimizeSpec, Trial
 from open_autoglm.settings import Settings
 
 
@@ -30,3 +31,13 @@ def propose(analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
     vetoed = sum(candidate.vetoed_because is not None for candidate in candidates)
     announce(f"plan: {len(candidates) - vetoed} candidates to try, {vetoed} vetoed")
     return candidates
+
+
+@task
+def refine(generations: list[list[Trial]], analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
+    """What to screen after ``generations``: the neighbours of the best so far in their engines' search spaces,
+    at last what helped combined; none when the search is over."""
+    found = search.next_generation(generations, analysis, spec)
+    if found:
+        announce(f"search: {len(found)} neighbours of the best so far: {', '.join(c.id for c in found)}")
+    return found

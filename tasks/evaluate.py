@@ -9,7 +9,7 @@ from prefect import task
 from open_autoglm.measure.isolation import Failure
 from open_autoglm.schemas import Analysis, Trial
 from open_autoglm.settings import Settings
-from open_autoglm.trials import Bench, prepare_reference, score_trial
+from open_autoglm.trials import Bench, evaluate_trial, prepare_reference
 from tasks.progress import unit_done
 from tasks.register import tracker
 
@@ -24,8 +24,8 @@ def compute_reference(bench: Bench, analysis: Analysis) -> Path | Failure:
 
 @task(task_run_name="evaluate-{trial.id}")
 def evaluate(trial: Trial, bench: Bench, reference: Path | Failure, mlflow_run_id: str) -> Trial:
-    """Perplexity, KL, agreement and greedy divergence, on the prefill and the decode path."""
-    scored = score_trial(bench, trial, reference, Settings())
+    """Perplexity, KL, agreement and greedy divergence on both paths, where a slice left them unclear."""
+    scored = evaluate_trial(bench, trial, reference, Settings())
     child = tracker().log_trial(mlflow_run_id, scored)
     unit_done(bench.study)
     return scored.model_copy(update={"mlflow_run_id": child})

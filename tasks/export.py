@@ -13,8 +13,7 @@ from tasks.progress import unit_done
 
 @task(task_run_name="export-{candidate.id}")
 def export(candidate: Candidate, study: StudyRef, checkpoint: Checkpoint) -> Trial:
-    """Begin the candidate's trial, or take up the one that was kept, and export."""
-    settings = Settings()
-    trial = export_trial(study, checkpoint, begin_trial(study, candidate, settings), settings)
+    """Begin the candidate's trial and export, or reuse the export that was kept."""
+    trial = export_trial(study, checkpoint, begin_trial(study, candidate), Settings())
     unit_done(study)
     return trial

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from prefect import task
 
-from open_autoglm.conclusion import conclude, deliver
+from open_autoglm import search
+from open_autoglm.conclusion import Standings, conclude, deliver
+from open_autoglm.incumbent import find_incumbent
+from open_autoglm.measure.isolation import Failure
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Analysis, OptimizeSpec, Study, Trial
 from open_autoglm.settings import Settings
 from open_autoglm.study import StudyRef
 from open_autoglm.tracking import Tracker, registered_name
-from open_autoglm.trials import Bench
+from open_autoglm.trials import Bench, screen_trial
 from tasks.artifacts import publish
 from tasks.progress import unit_done
 
@@ -30,10 +34,25 @@ def begin_record(study: StudyRef, spec: OptimizeSpec, checkpoint_name: str) -> s
     return tracker().start_study(spec, study.id, registered_name(spec, checkpoint_name))
 
 
+@task
+def admit_incumbent(
+    bench: Bench, analysis: Analysis, generations: list[list[Trial]], reference: Path | Failure
+) -> Standings:
+    """The registered champion takes part: it is marked among the trials, or screened as one more."""
+    settings = Settings()
+    screened = [trial for generation in generations for trial in generation]
+    incumbent, trials = find_incumbent(bench, tracker(), screened, settings)
+    seen = [
+        t if t.screening or t.status != "ok" else screen_trial(bench, t, reference, settings) for t in trials
+    ]
+    lessons = search.lessons(generations, analysis, bench.spec)
+    return Standings(trials=tuple(seen), incumbent=incumbent, search=lessons)
+
+
 @task(retries=2, retry_delay_seconds=[1, 5])
-def register(bench: Bench, analysis: Analysis, trials: list[Trial], mlflow_run_id: str) -> Study:
+def register(bench: Bench, analysis: Analysis, standings: Standings, mlflow_run_id: str) -> Study:
     """Choose, gate, bundle, register, report. Idempotent, so a retry does no harm."""
-    study = deliver(conclude(bench, analysis, trials), tracker(), mlflow_run_id)
+    study = deliver(conclude(bench, analysis, standings), tracker(), mlflow_run_id)
     publish(study)
     unit_done(bench.study)
     announce(f"verdict: {study.verdict.kind} {study.champion or ''}".rstrip())

@@ -7,8 +7,19 @@ from collections.abc import Callable
 
 import pytest
 from rich.console import Console
-from studies import CHAMPION, blocked_study, demo_analysis, demo_study, infeasible_study, planned_study
+from studies import (
+    CHAMPION,
+    RIVAL,
+    blocked_study,
+    demo_analysis,
+    demo_study,
+    doubtful_study,
+    infeasible_study,
+    planned_study,
+    tied_study,
+)
 
+from open_autoglm import readout
 from open_autoglm.cli.console import (
     PIPED_WIDTH,
     make_console,
@@ -17,7 +28,7 @@ from open_autoglm.cli.console import (
     print_plan,
     print_study,
 )
-from open_autoglm.schemas import Probe, Study
+from open_autoglm.schemas import OptimizeSpec, Probe, Study
 
 
 def printed(show: Callable[[Console], None], width: int | None = None) -> str:
@@ -38,14 +49,41 @@ def row_of(text: str, candidate: str) -> list[str]:
 
 
 def test_the_table_has_one_row_per_candidate_with_its_figures() -> None:
-    """TTFT, TPOT, decode speed, memory, quality and verdict stand in one line; what has none has dashes."""
+    """The figure the study is about with its interval, the others, and the verdict stand in one line."""
     text = study_text(demo_study())
-    assert row_of(text, CHAMPION) == [CHAMPION, "738", "12.3", "81.0", "298", "99.4", "%", "champion"]
-    assert row_of(text, "onnxruntime-fp32")[-2:] == ["1.46×", "slower"]
-    assert row_of(text, "tensorrt-fp16") == ["tensorrt-fp16", "–", "–", "–", "–", "–", "vetoed"]
+    assert " ".join(row_of(text, CHAMPION)) == (f"{CHAMPION} 1,515 ±2.1 % 738 12.3 81.0 298 99.4 % champion")
+    assert row_of(text, "onnxruntime-fp32")[-2:] == ["1.50×", "slower"]
+    assert row_of(text, "tensorrt-fp16") == ["tensorrt-fp16", *6 * ["–"], "vetoed"]
 
 
-@pytest.mark.parametrize("build", [demo_study, infeasible_study, blocked_study, planned_study])
+def test_who_left_early_has_estimates_that_are_marked() -> None:
+    """Rough figures carry their mark, and the mark is explained."""
+    text = study_text(demo_study())
+    assert row_of(text, "onnxruntime-int4-b32")[1:6] == ["~1,384", "–", "–", "–", "242"]
+    assert row_of(text, "~")[:3] == ["~", "an", "estimate"]
+
+
+def test_the_objective_decides_which_figure_has_the_interval() -> None:
+    """Asked for decode speed, the interval is that of the decode speed."""
+    spec = OptimizeSpec(model_path="demo-glm", objective="throughput")
+    row = row_of(study_text(demo_study(spec)), CHAMPION)
+    assert row[1:4] == ["81.0", "±1.2", "%"]
+
+
+def test_it_says_how_sure_the_answer_is() -> None:
+    """The noise floor, how the stages ended, and what was not measured anew."""
+    study = demo_study()
+    trials = tuple(t.model_copy(update={"reused": ("export",)}) for t in study.trials[:2])
+    text = study_text(study.model_copy(update={"trials": (*trials, *study.trials[2:])}))
+    told = " ".join(text.partition("How sure is this")[2].partition("Why not")[0].split())
+    assert "Noise floor 1.3 %" in told
+    assert "Final 4 entered, 10 heats in 105 s" in told
+    assert f"Reused export: 2 of 12 ({CHAMPION}, {RIVAL})" in told
+
+
+@pytest.mark.parametrize(
+    "build", [demo_study, tied_study, doubtful_study, infeasible_study, blocked_study, planned_study]
+)
 def test_it_fits_a_hundred_columns(build: Callable[[], Study]) -> None:
     """Nothing but what is there to be copied is wider, and no candidate's name is broken."""
     study = build()
@@ -78,7 +116,7 @@ def test_every_loser_has_its_reason_and_the_champion_has_his() -> None:
     assert "quality kept 62.6 %, limit 99.0 %, 36.7 % beyond" in losers
     assert "ended with SIGSEGV" in losers
     assert "pip install tensorrt" in losers
-    assert "best time to the last token of 2 candidates" in answer
+    assert "best time to the last token of 3 finalists" in answer
 
 
 def test_links_and_commands_are_never_wrapped() -> None:
@@ -93,9 +131,10 @@ def test_links_and_commands_are_never_wrapped() -> None:
 def test_nothing_feasible_tells_the_nearest_and_every_gap() -> None:
     """The answer is what came nearest and by how much it misses each limit."""
     answer = study_text(infeasible_study()).partition("No candidate meets every limit")[2]
-    assert "nearest is onnxruntime-int8-dynamic" in answer
-    assert "TTFT 378 ms, limit 300 ms, 26.0 % beyond" in answer
-    assert "peak memory 341 MiB, limit 200 MiB, 70.7 % beyond" in answer
+    study = infeasible_study()
+    nearest = study.trial(study.verdict.nearest or "")
+    assert f"nearest is {nearest.id}" in answer
+    assert all(readout.miss_words(miss) in answer for miss in nearest.misses)
     assert "load_model" not in answer
 
 
@@ -104,6 +143,16 @@ def test_a_failed_gate_is_told_once() -> None:
     text = study_text(blocked_study())
     assert text.count("p50 <= p95 <= p99 fails for torch-bf16") == 1
     assert row_of(text, CHAMPION)[-3:] == ["best,", "not", "registered"]
+
+
+def test_a_tie_and_a_doubt_are_told() -> None:
+    """The headline is the verdict, and what the verdict is about is not listed among the losers."""
+    assert f"Tie, keep the incumbent: {RIVAL}" in study_text(tied_study())
+    losers, _, answer = (
+        study_text(doubtful_study()).partition("Why not")[2].partition("Insufficient evidence")
+    )
+    assert f"{CHAMPION} may be best" in answer
+    assert not any(line.split()[:1] == [CHAMPION] for line in losers.splitlines())
 
 
 def test_what_a_runtime_printed_is_shown_as_it_is() -> None:
@@ -162,7 +211,7 @@ def test_a_plan_separates_what_would_run_from_what_is_vetoed() -> None:
     """Each candidate has its reason, on the side it belongs to."""
     candidates = [trial.candidate for trial in demo_study().trials]
     chosen, _, vetoed = printed(lambda console: print_plan(candidates, console)).partition("Vetoed")
-    assert "8 of 10 candidates would be measured" in chosen
+    assert "10 of 12 candidates would be measured" in chosen
     assert "fewer scales than blocks of 32 have" in chosen
     assert "tensorrt-fp16" not in chosen
     assert "pip install tensorrt" in vetoed

@@ -9,7 +9,8 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tiny_models import VOCAB_SIZE
 from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions, Tokens
-from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, OptimizeSpec
+from open_autoglm.schemas import Candidate, Checkpoint, Dimension, ExportedModel, Knob, OptimizeSpec
 
 FAMILIES = ("glm", "llama")
 ROWS, PROMPT, LENGTH = 2, 32, 48
@@ -35,12 +36,28 @@ LEAST_CORRELATION = {"fp32": 0.999999, "bf16": 0.999, "fp16": 0.999, "int8": 0.9
 Numbers = NDArray[np.float32]
 
 
+SPEC = OptimizeSpec(model_path="tiny", objective="memory")  # the objective with the most knobs
+
+
 def proposals() -> list[Candidate]:
     """What every engine that is ready here proposes and does not veto."""
     ready = [engine for engine in map(engines.get, engines.names()) if engine.probe("cpu").ready]
-    spec = OptimizeSpec(model_path="tiny")
-    proposed = [c for engine in ready for c in engine.propose(demo_analysis(), spec, "cpu")]
+    proposed = [c for engine in ready for c in engine.propose(demo_analysis(), SPEC, "cpu")]
     return [candidate for candidate in proposed if candidate.vetoed_because is None]
+
+
+def dimensions(candidate: Candidate) -> tuple[Dimension, ...]:
+    return engines.get(candidate.engine).dimensions(candidate, demo_analysis(), SPEC)
+
+
+def variant(candidate: Candidate, **knobs: Knob) -> Candidate:
+    return engines.get(candidate.engine).variant(candidate, knobs)
+
+
+def turned(candidate: Candidate) -> list[Candidate]:
+    """Every variant that differs in one knob."""
+    turns = [(d.knob, value) for d in dimensions(candidate) for value in d.values]
+    return [variant(candidate, **{k: v}) for k, v in turns if v != candidate.knobs[k]]
 
 
 COMPILED = [candidate for candidate in proposals() if candidate.knobs.get("compile")]
@@ -220,6 +237,14 @@ def test_too_large_a_batch_is_a_value_error(served: Served) -> None:
         assert session.prefill(TOKENS[:1, :PROMPT]).shape == (1, VOCAB_SIZE)
 
 
+def test_threads_are_the_hosts_or_the_candidates(served: Served) -> None:
+    """A number in the knob ``threads`` overrides what the session is offered."""
+    if "threads" in {dimension.knob for dimension in dimensions(served.candidate)}:
+        alone = replace(served, candidate=variant(served.candidate, threads=1))
+        with alone.opened(threads=2) as session:
+            assert session.facts()["threads"] == "1"
+
+
 def test_facts_say_what_runs(served: Served) -> None:
     """Text by name, the threads among it: it is kept with the trial as it is."""
     with served.opened(threads=2) as session:
@@ -227,6 +252,108 @@ def test_facts_say_what_runs(served: Served) -> None:
         facts = session.facts()
     assert facts["threads"] == "2"
     assert all(isinstance(name, str) and isinstance(fact, str) for name, fact in facts.items())
+
+
+# ── the search space ─────────────────────────────────────────────────────────────────────────────
+
+PROPOSALS = pytest.mark.parametrize("candidate", proposals(), ids=lambda candidate: candidate.id)
+
+
+@PROPOSALS
+def test_a_dimension_is_a_choice_around_the_candidate(candidate: Candidate) -> None:
+    """At least two values, all different, the candidate's own among them, and a word on what they trade."""
+    found = dimensions(candidate)
+    assert len({dimension.knob for dimension in found}) == len(found)
+    for dimension in found:
+        assert candidate.knobs[dimension.knob] in dimension.values
+        assert len(set(dimension.values)) == len(dimension.values) > 1
+        assert dimension.because
+
+
+@PROPOSALS
+def test_an_id_is_one_configuration(candidate: Candidate) -> None:
+    """Every combination of values has its own id, and its own knobs under it."""
+    found = dimensions(candidate)
+    combinations = [
+        dict(zip([d.knob for d in found], values, strict=True))
+        for values in product(*(d.values for d in found))
+    ]
+    variants = [variant(candidate, **knobs) for knobs in combinations]
+    assert len({v.id for v in variants}) == len(variants)
+    assert [v.knobs for v in variants] == [{**candidate.knobs, **knobs} for knobs in combinations]
+
+
+@PROPOSALS
+def test_a_variant_is_the_same_however_it_is_reached(candidate: Candidate) -> None:
+    """Knob by knob, in any order, or all at once; and turning all back gives the candidate again."""
+    knobs = {d.knob: next(v for v in d.values if v != candidate.knobs[d.knob]) for d in dimensions(candidate)}
+    at_once = variant(candidate, **knobs)
+    for order in (list(knobs), list(knobs)[::-1]):
+        step = candidate
+        for knob in order:
+            step = variant(step, **{knob: knobs[knob]})
+        assert configuration(step) == configuration(at_once)
+    assert configuration(variant(at_once, **candidate.knobs)) == configuration(candidate)
+
+
+def configuration(candidate: Candidate) -> dict[str, object]:
+    """All but the story of how it came to be proposed and the part it plays."""
+    return candidate.model_dump(exclude={"proposed_because", "reference", "baseline", "incumbent"})
+
+
+@PROPOSALS
+def test_a_variant_starts_with_a_clean_slate(candidate: Candidate) -> None:
+    """It is no yardstick and not vetoed, whatever it was made of, and says what was turned."""
+    flags = {"reference": True, "baseline": True, "incumbent": True, "vetoed_because": "no room"}
+    marked = candidate.model_copy(update=flags)
+    for start in (marked, *turned(candidate)):
+        assert variant(start).model_dump(include=set(flags)) == {
+            "reference": False,
+            "baseline": False,
+            "incumbent": False,
+            "vetoed_because": None,
+        }
+    for found in turned(candidate):
+        assert found.proposed_because.startswith(f"{candidate.id} with ")
+        assert " instead of " in found.proposed_because
+
+
+@PROPOSALS
+def test_a_knob_that_is_not_there_is_a_key_error(candidate: Candidate) -> None:
+    """A misspelt knob is not carried along in silence."""
+    with pytest.raises(KeyError, match="blok_size"):
+        variant(candidate, blok_size=16)
+
+
+def test_what_leaves_the_files_alone_leaves_the_answers_alone(session: Session, served: Served) -> None:
+    """A knob outside the recipe is for the session only: the same files give the same logits."""
+    engine, expected = engines.get(served.candidate.engine), decoded(session, TOKENS)
+    recipe = engine.recipe(served.candidate)
+    for candidate in turned(served.candidate):
+        if engine.recipe(candidate) == recipe:
+            with replace(served, candidate=candidate).opened() as other:
+                assert_alike(decoded(other, TOKENS), expected, served.candidate)
+
+
+REWRITTEN = [
+    changed
+    for candidate in OTHERS
+    for changed in turned(candidate)
+    if engines.get(candidate.engine).recipe(changed) != engines.get(candidate.engine).recipe(candidate)
+]
+
+
+@pytest.mark.parametrize("candidate", REWRITTEN, ids=lambda candidate: candidate.id)
+def test_what_changes_the_files_can_be_exported(
+    candidate: Candidate,
+    checkpoints: dict[str, Checkpoint],
+    home: Path,
+    truth: Callable[[str], Numbers],
+) -> None:
+    """Every value of a knob that the recipe knows gives a model that answers like torch."""
+    with serve(candidate, checkpoints["glm"], home).opened() as session:
+        found = session.full_logits(TOKENS)
+    assert correlation(found, truth("glm")) > LEAST_CORRELATION[candidate.precision]
 
 
 # ── the compiled baseline ────────────────────────────────────────────────────────────────────────

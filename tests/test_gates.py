@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import BASELINE, CHAMPION, ROUNDS, demo_trials
+from studies import BASELINE, CHAMPION, FINALISTS, ROUNDS, demo_trials
 
 from open_autoglm.quality.gates import check_results, results_frame
 from open_autoglm.schemas import GateResult, Trial
@@ -47,13 +47,14 @@ def with_measurements(**changes: Any) -> tuple[Trial, ...]:
 
 
 def test_table_holds_the_measured_trials() -> None:
-    """Vetoed and crashed trials have no row; each measured one has its figures."""
+    """Who left early, crashed or was vetoed has no row; each finalist has its figures."""
     frame = results_frame(demo_trials()).set_index("trial")
     measured = {t.id: t for t in demo_trials() if t.status == "ok"}
+    assert set(measured) == set(FINALISTS)
     assert list(frame.index) == list(measured)
     assert frame.loc[CHAMPION, "ttft_ms_p95"] == measured[CHAMPION].metrics["ttft_ms"].p95
     assert frame.loc[CHAMPION, "quality_decode"] == 0.9965
-    assert frame.loc["torch-bf16", "noisy_rounds"] == 2
+    assert frame.loc[BASELINE, "noisy_rounds"] == 2
 
 
 def test_sound_study_passes_and_leaves_data_docs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +63,7 @@ def test_sound_study_passes_and_leaves_data_docs(tmp_path: Path, capfd: pytest.C
     assert result.passed
     assert result.failures == ()
     assert len(result.warnings) == 1
-    assert "torch-bf16 has noisy_rounds = 2" in result.warnings[0]
+    assert f"{BASELINE} has noisy_rounds = 2" in result.warnings[0]
     assert result.evaluated >= 20
     assert result.data_docs == "gate/index.html"
     assert "results" in (tmp_path / result.data_docs).read_text()
@@ -105,9 +106,16 @@ def test_impossible_figures_block(trials: tuple[Trial, ...], expected: str, tmp_
 
 
 def test_a_losing_candidates_quality_does_not_block(tmp_path: Path) -> None:
-    """Only the champion must keep the quality that was asked for; the int4 engine keeps 0.76 and loses."""
-    assert gate(demo_trials(), tmp_path, min_quality=0.99).passed
+    """Only the champion must keep the quality that was asked for; others lose by it."""
+    assert gate(with_quality("decode", 0.76), tmp_path, min_quality=0.99).passed
     assert not gate(demo_trials(), tmp_path, min_quality=0.995).passed
+
+
+def test_a_judged_trial_that_was_not_in_the_final_has_no_row(tmp_path: Path) -> None:
+    """Its figures are of another stage, or missing, and no champion rests on them."""
+    trials = with_changes("onnxruntime-fp32", finalist=False, metrics={}, measurements=None)
+    assert gate(trials, tmp_path).passed
+    assert "onnxruntime-fp32" not in set(results_frame(trials)["trial"])
 
 
 def test_without_a_champion_the_table_is_still_checked(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,14 +12,16 @@ from studies import demo_analysis, demo_checkpoint, demo_profile
 from open_autoglm import engines
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
 from open_autoglm.errors import AutoGLMError, UserError
-from open_autoglm.planning import check_workload, plan, resolve_device
+from open_autoglm.planning import check_workload, judge, plan, resolve_device
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
     Checkpoint,
     Device,
+    Dimension,
     ExportedModel,
     Gpu,
+    Knob,
     OptimizeSpec,
     Probe,
 )
@@ -62,6 +65,14 @@ class Proposing:
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         self.asked.append((analysis, spec, device))
         return list(self.proposals)
+
+    def dimensions(
+        self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
+    ) -> tuple[Dimension, ...]:
+        raise NotImplementedError
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+        raise NotImplementedError
 
     def recipe(self, candidate: Candidate) -> dict[str, Any] | None:
         raise NotImplementedError
@@ -217,3 +228,62 @@ def test_a_workload_must_fit_the_context() -> None:
     check_workload(spec(prompt_tokens=8128, output_tokens=64), checkpoint)
     with pytest.raises(UserError, match=r"make 8193, but demo-glm has a context of 8192"):
         check_workload(spec(prompt_tokens=8129, output_tokens=64), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"scenario": "server"}, "needs a mean arrival rate: add --request-rate-per-s"),
+        ({"request_rate_per_s": 2}, "means nothing in the single_stream scenario: add --scenario server"),
+        (
+            {"scenario": "offline", "request_rate_per_s": 2},
+            "means nothing in the offline scenario: add --scenario server",
+        ),
+        (
+            {"scenario": "server", "request_rate_per_s": 2, "batch_size": 4},
+            "not in batches of 4: write --input-shape 1,512, or choose --scenario offline",
+        ),
+        ({"objective": "goodput", "max_tpot": "20ms"}, "add --scenario server and --request-rate-per-s"),
+        (
+            {"objective": "goodput", "scenario": "server", "request_rate_per_s": 2},
+            "add --max-latency, --max-tpot or both",
+        ),
+    ],
+)
+def test_a_request_that_contradicts_itself_is_the_users_error(fields: dict[str, Any], sentence: str) -> None:
+    """One sentence says what does not go together and which flags mend it."""
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_workload(spec(**fields), demo_checkpoint())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scenario": "server", "request_rate_per_s": 0.5},
+        {"scenario": "offline", "batch_size": 8},
+        {"length_mix": "512/32:9,128/64:1"},
+        {"objective": "goodput", "scenario": "server", "request_rate_per_s": 2, "max_latency": "1s"},
+    ],
+)
+def test_a_request_that_is_whole_passes(fields: dict[str, Any]) -> None:
+    """Each scenario with what it needs; any scenario with a mix of lengths."""
+    check_workload(spec(**fields), demo_checkpoint())
+
+
+def test_a_mix_is_vetoed_by_its_shortest_request(install: Any) -> None:
+    """The median may be made of short prompts, so the bound of the long ones is no evidence."""
+    install(Proposing("a", candidate("a-1")))
+    assert vetoes(plan(ANALYSIS, spec(max_latency="150ms"), "cpu"))["a-1"] is not None
+    mixed = spec(max_latency="150ms", length_mix="64/16:9,512/64:1")
+    assert vetoes(plan(ANALYSIS, mixed, "cpu")) == {"a-1": None}
+
+
+def test_a_variant_is_judged_by_its_own_bytes() -> None:
+    """Of two block sizes the one with fewer scales fits a limit that the other cannot meet."""
+    engine = engines.get("onnxruntime")
+    proposed = {c.id: c for c in engine.propose(ANALYSIS, spec(), "cpu")}
+    narrow = engine.variant(proposed["onnxruntime-w8-b32"], {"block_size": 128})
+    wide = engine.variant(proposed["onnxruntime-w8-b32"], {"block_size": 16})
+    tight = spec(max_memory="235MiB")
+    assert judge(narrow, ANALYSIS, tight) == narrow
+    assert "cannot meet max_memory 235MiB" in (judge(wide, ANALYSIS, tight).vetoed_because or "")

@@ -110,13 +110,18 @@ def test_trial_becomes_a_child_run_with_its_evidence(tracker: Tracker, client: A
         "precision": "int8",
         "weight_bits": "9.0",
         "knob.block_size": "32",
+        "knob.threads": "2",
     }
     assert run.data.metrics["ttft_ms"] == ttft.median
-    assert run.data.metrics["ttft_ms_p95"] == ttft.p95
+    assert [run.data.metrics[f"ttft_ms_{p}"] for p in ("p90", "p95", "p99")] == [ttft.p90, ttft.p95, ttft.p99]
+    assert run.data.metrics["rounds"] == 10
     assert (run.data.metrics["ttft_ms_low"], run.data.metrics["ttft_ms_high"]) == ttft.interval
     assert run.data.metrics["quality_ratio"] == quality.ratio
     assert run.data.metrics["quality_decode_kl_divergence"] == quality.decode.kl_divergence
     assert run.data.tags["autoglm.feasible"] == str(trial(CHAMPION).feasible).lower()
+    assert run.data.tags["autoglm.stage"] == "final"
+    assert run.data.tags["autoglm.reproduce"] == f"open-autoglm reproduce studies/demo {CHAMPION}"
+    assert "ttft_ms: p90 p95 p99" in run.data.tags["autoglm.indicative"]
     assert run.data.tags["mlflow.parentRunId"] == parent
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"samples.json", "trial.json"}
 
@@ -126,6 +131,7 @@ def test_trial_becomes_a_child_run_with_its_evidence(tracker: Tracker, client: A
     [
         (CHAMPION, "ok", "FINISHED"),
         ("tensorrt-fp16", "vetoed", "FINISHED"),
+        ("torch-fp32", "stopped", "FINISHED"),
         ("onnxruntime-int8-b128", "crashed", "FAILED"),
     ],
 )
@@ -137,6 +143,18 @@ def test_every_trial_is_a_run_that_ended(
     assert run.info.status == ended
     assert run.data.tags["autoglm.status"] == status
     assert run.data.tags["autoglm.reason"] == trial(trial_id).reason
+
+
+def test_who_left_early_has_rough_figures_under_names_of_their_own(tracker: Tracker, client: Any) -> None:
+    """Nobody can rank an estimate among what was timed, and the fall has its stage and reason."""
+    left = trial("torch-fp32")
+    run = client.get_run(tracker.log_trial(begin(tracker, "left"), left))
+    assert left.screening is not None
+    assert run.data.metrics["screening_estimated_e2e_ms"] == left.screening.estimated_e2e_ms
+    assert run.data.metrics["screening_peak_rss_bytes"] == left.screening.footprint.peak_rss_bytes
+    assert "e2e_ms" not in run.data.metrics
+    assert run.data.tags["autoglm.stage"] == "screening"
+    assert run.data.tags["autoglm.fall"].startswith("screening: misses max_memory: 943 MiB")
 
 
 def test_trial_logged_again_updates_its_run(tracker: Tracker, client: Any) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from open_autoglm.units import ByteSize, Duration, number, quantity
+from open_autoglm.units import ByteSize, Duration, LengthMix, number, quantity
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,61 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
     """Nothing a user can type raises anything else."""
     with contextlib.suppress(ValueError):
         assert Duration(text).ms > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("128/32:3,512/64:1", ((128, 32, 0.75), (512, 64, 0.25))),
+        (" 128/32 , 512/64:1 ", ((128, 32, 0.5), (512, 64, 0.5))),
+        ("8/2:0.5,9/2:1.5", ((8, 2, 0.25), (9, 2, 0.75))),
+        ("512/64", ((512, 64, 1.0),)),
+    ],
+)
+def test_a_mix_of_lengths_is_read_as_shares(text: str, shares: tuple[tuple[int, int, float], ...]) -> None:
+    """Weights may be any positive numbers, and one that is left out is 1."""
+    assert LengthMix(text).shares == shares
+
+
+@pytest.mark.parametrize(
+    "text", ["", "128", "128/32:", "128/1", "0/32", "128/32:0", "128/32,,8/2", "128/32;8/2", "-1/2", "8/2:-1"]
+)
+def test_what_is_no_mix_is_refused_with_an_example(text: str) -> None:
+    """A prompt needs a token, an output needs two, and a weight must count."""
+    with pytest.raises(ValueError, match="like 128/32:3,512/64:1"):
+        LengthMix(text)
+
+
+class Lengths(BaseModel):
+    mix: LengthMix
+
+
+def test_a_mix_survives_json_as_it_was_written_but_for_spaces() -> None:
+    """A spec replays what was asked for."""
+    stored = Lengths.model_validate({"mix": "8/2:3, 9/2"}).model_dump_json()
+    assert stored == '{"mix":"8/2:3,9/2"}'
+    assert Lengths.model_validate_json(stored).mix == LengthMix("8/2:3,9/2")
+
+
+_ENTRIES = st.tuples(st.integers(1, 4096), st.integers(2, 512), st.integers(1, 99))
+
+
+@given(st.lists(_ENTRIES, min_size=1, max_size=6))
+def test_shares_of_a_mix_add_up_and_keep_their_proportions(entries: list[tuple[int, int, int]]) -> None:
+    """Whatever the weights, the shares are one whole."""
+    shares = LengthMix(",".join(f"{p}/{o}:{w}" for p, o, w in entries)).shares
+    assert [(p, o) for p, o, _ in shares] == [(p, o) for p, o, _ in entries]
+    assert sum(share for *_, share in shares) == pytest.approx(1)
+    assert [share * entries[0][2] for *_, share in shares] == pytest.approx(
+        [shares[0][2] * weight for *_, weight in entries]
+    )
+
+
+@given(st.text(alphabet="0123456789/:,. ", max_size=14))
+def test_any_text_is_a_mix_or_a_value_error(text: str) -> None:
+    """Nothing a user can type raises anything else."""
+    with contextlib.suppress(ValueError):
+        assert LengthMix(text).shares
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,22 @@ import click
 from pydantic import ValidationError
 
 from open_autoglm import engines
+from open_autoglm.cli.goal import parse_goal
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Analysis, Candidate, Checkpoint, OptimizeSpec, Study
 from open_autoglm.settings import Settings
 
-EXIT_CODES = {"champion": 0, "dry_run": 0, "nothing_feasible": 3, "gate_failed": 3}
+EXIT_CODES = {
+    "champion": 0, "tie": 0, "dry_run": 0, "nothing_feasible": 3, "insufficient_evidence": 3, "gate_failed": 3
+}  # fmt: skip
 
-_SHAPE = ("batch_size", "prompt_tokens")
+_FLAGS = {
+    "batch_size": "--input-shape",
+    "prompt_tokens": "--input-shape",
+}
+"""Flags that are not called as their fields are."""
+
+_GOAL = ("objective", "max_latency", "max_tpot", "max_memory", "min_quality")
 
 
 def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
@@ -30,7 +39,10 @@ def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
     for name in chosen:
         engines.get(name)
     output = arguments.pop("output", None)
+    goal = arguments.pop("goal", None)
     given = {name: value for name, value in arguments.items() if value is not None}
+    if goal is not None:
+        given |= _fields_of_goal(goal, given)
     try:
         return OptimizeSpec(
             batch_size=batch_size,
@@ -41,10 +53,19 @@ def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        name = str(problem["loc"][0])
-        flag = "--input-shape" if name in _SHAPE else "--" + name.replace("_", "-")
+        name = str(problem["loc"][0]) if problem["loc"] else "length_mix"
+        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         message = problem["msg"].removeprefix("Value error, ")
         raise UserError(f"{flag}: {message} (got {problem['input']!r})") from None
+
+
+def _fields_of_goal(goal: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What ``goal`` sets. Raises UserError if a flag sets the same."""
+    twice = [name for name in _GOAL if name in given]
+    if twice:
+        flag = "--" + twice[0].replace("_", "-")
+        raise UserError(f"--goal sets objective and limits, and so does {flag}: give one of them")
+    return parse_goal(goal)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -139,6 +160,7 @@ def _planned(
 def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
     from open_autoglm.cli.prefect_server import prefect_server
     from open_autoglm.measure.isolation import stop_children
+    from open_autoglm.progress import LOGGER
 
     _show_progress()
 
@@ -153,6 +175,8 @@ def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
         from flows.optimize import optimize
 
         study: Study = optimize(spec)
+        for handler in logging.getLogger(LOGGER).handlers:
+            handler.flush()  # Prefect's sends in batches, and its server ends with this block
     return study
 
 
@@ -218,6 +242,22 @@ def run_report(root: Path | None, as_json: bool) -> None:
         click.echo(study.model_dump_json())
     else:
         print_study(study, make_console(), _links(study, settings))
+
+
+def run_reproduce(root: Path, trial_id: str, *, as_json: bool) -> int:
+    """Run one trial again; 0 if its figures come back, else 3."""
+    from open_autoglm.capsule import reproduce
+    from open_autoglm.cli.console import make_console
+    from open_autoglm.cli.reproduction import print_reproduction
+    from open_autoglm.study import load_study
+
+    _show_progress()
+    result = reproduce(load_study(root), trial_id, Settings())
+    if as_json:
+        click.echo(result.model_dump_json())
+    else:
+        print_reproduction(result, make_console())
+    return 0 if result.reproduced else 3
 
 
 def run_demo_model(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Results in the terminal: the answer, one row per engine, why the others lost, and where to look.
+"""Results in the terminal: one row per engine, how sure it is, why the others lost, and where to look.
 
 Nothing is parsed as Rich markup, and control characters are dropped: reasons hold whatever a runtime
 printed before it died.
@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING
 
-from open_autoglm import readout
+from open_autoglm import evidence, readout
 from open_autoglm.schemas import Analysis, Candidate, Probe, RooflineBound, Study, Trial
+from open_autoglm.selection import goal_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,7 @@ def print_study(study: Study, console: Console, links: Mapping[str, str] | None 
     console.print(_text(f"Objective {study.spec.objective}; {', '.join(readout.limit_words(study))}"))
     if study.trials:
         console.print(_trial_table(study))
+        _print_list(console, "How sure is this", _confidence(study))
     _print_list(console, "Why not the others" if study.champion else "Why not", _losers(study))
     console.print(_verdict_panel(study))
     if study.verdict.kind != "dry_run":
@@ -54,34 +56,64 @@ def print_study(study: Study, console: Console, links: Mapping[str, str] | None 
 def _trial_table(study: Study) -> Table:
     table = _table("Candidate")
     table.columns[0].no_wrap = True
-    for heading in ("TTFT\nms", "TPOT\nms", "Decode\ntok/s", "Peak RSS\nMiB", "Quality\nkept"):
+    goal = goal_of(study.spec).metric
+    names = list(dict.fromkeys((goal, "ttft_ms", "tpot_ms", "tokens_per_s", "peak_rss_bytes")))
+    for heading in (*(_HEADINGS[name] for name in names), "Quality\nkept"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("Verdict", overflow="fold")
     for trial in study.trials:
         role = readout.role(study, trial)
         verdict = readout.standing(study, trial)
-        if role in ("baseline", "reference"):
+        if role not in ("", "champion"):
             verdict = f"{role}, {verdict}"
         style = "bold green" if role == "champion" else "" if trial.feasible else "dim"
         cells = [
-            _median(trial, "ttft_ms"),
-            _median(trial, "tpot_ms"),
-            _median(trial, "tokens_per_s"),
-            _median(trial, "peak_rss_bytes", scale=2**20),
-            readout.percent(trial.quality.ratio) if trial.quality else "–",
+            *(_cell(trial, name, with_interval=name == goal) for name in names),
+            readout.quality_words(trial),
             verdict,
         ]
         table.add_row(_text(trial.id), *(_text(cell) for cell in cells), style=style)
     return table
 
 
-def _median(trial: Trial, name: str, scale: float = 1) -> str:
-    return readout.number(trial.metrics[name].median / scale) if name in trial.metrics else "–"
+_HEADINGS = {
+    "e2e_ms": "To last\ntoken ms",
+    "ttft_ms": "TTFT\nms",
+    "tpot_ms": "TPOT\nms",
+    "tokens_per_s": "Decode\ntok/s",
+    "throughput_tokens_per_s": "Through-\nput tok/s",
+    "goodput_rps": "Goodput\nreq/s",
+    "peak_rss_bytes": "Peak RSS\nMiB",
+}
+
+
+def _cell(trial: Trial, name: str, *, with_interval: bool) -> str:
+    """A figure; the one that the study is about with half the width of its 95 % interval."""
+    figure = readout.figure_words(trial, name, 2**20 if name == "peak_rss_bytes" else 1)
+    metric = trial.metrics.get(name)
+    if not with_interval or metric is None or metric.samples < 2:
+        return figure
+    low, high = metric.interval
+    return f"{figure} ±{readout.percent((high - low) / 2 / metric.median)}"
+
+
+def _confidence(study: Study) -> list[tuple[str, str]]:
+    """The noise floor, how each stage ended, and what was not measured anew."""
+    told = [("Noise", evidence.noise_words(study))] if study.races else []
+    told += [(race.stage.capitalize(), evidence.race_words(race)) for race in study.races]
+    if reused := evidence.reuse_words(study):
+        told.append(("Reused", "\n".join(reused)))
+    if any(trial.screening and not trial.metrics for trial in study.trials):
+        told.append(("~", "an estimate from short rounds: good to rank, no more"))
+    return told
 
 
 def _losers(study: Study) -> list[tuple[str, str]]:
-    """Every trial that cannot be the champion, with all its reasons."""
-    return [(trial.id, "\n".join(readout.why(trial))) for trial in study.trials if not trial.feasible]
+    """Every trial but the champion, or the one that the verdict tells about instead, with its reasons."""
+    told = study.champion
+    if study.verdict.kind in ("gate_failed", "insufficient_evidence"):
+        told = study.verdict.nearest
+    return [(trial.id, "\n".join(readout.why(trial))) for trial in study.trials if trial.id != told]
 
 
 def _verdict_panel(study: Study) -> Table:
@@ -89,7 +121,7 @@ def _verdict_panel(study: Study) -> Table:
     told = "\n".join(study.verdict.reasons)
     failures = study.gate.failures if study.gate else ()
     lines += [_text(f"• gate: {failure}") for failure in failures if failure not in told]
-    color = {"champion": "green", "dry_run": "blue"}.get(study.verdict.kind, "yellow")
+    color = {"champion": "green", "tie": "blue", "dry_run": "blue"}.get(study.verdict.kind, "yellow")
     return _panel(readout.headline(study), lines, color)
 
 

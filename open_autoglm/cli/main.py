@@ -1,4 +1,5 @@
-"""Commands and exit codes: 0 champion (or done), 2 user error, 3 nothing feasible, 1 bug, 130 interrupted."""
+"""Commands and exit codes: 0 champion (or done), 2 user error, 3 nothing feasible or not enough evidence,
+1 bug, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from open_autoglm.cli.goal import EXAMPLE
 from open_autoglm.errors import AutoGLMError, UserError
+from open_autoglm.schemas import Objective, Scenario
 
 EXIT_BUG, EXIT_USER_ERROR, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -54,17 +57,27 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--max-latency", help="Limit on TTFT p95, with its unit: 50ms, 0.05s.")
 @click.option("--max-tpot", help="Limit on the time per output token: 20ms.")
 @click.option("--max-memory", help="Limit on peak memory: 2GiB, 512MB.")
-@click.option("--min-quality", type=float, default=0.99, show_default=True, help="Share of quality to keep.")
+@click.option("--min-quality", type=float, help="Share of quality to keep.  [default: 0.99]")
 @click.option(
     "--objective",
-    type=click.Choice(["latency", "throughput", "memory"]),
-    default="latency",
-    show_default=True,
-    help="What to make best within the limits.",
+    type=click.Choice(get_args(Objective)),
+    help="What to make best within the limits.  [default: latency]",
 )
+@click.option("--goal", help=f"Objective and limits in one line: {EXAMPLE!r}.")
+@click.option(
+    "--scenario",
+    type=click.Choice(get_args(Scenario)),
+    default="single_stream",
+    show_default=True,
+    help="One request after the other, Poisson arrivals, or whole batches.",
+)
+@click.option("--request-rate-per-s", type=float, help="Arrivals per second, for --scenario server.")
+@click.option("--length-mix", help="Prompt/output:weight, …, instead of one length: 128/32:3,512/64:1.")
 @click.option("--engines", default="", help="Comma-separated; see `open-autoglm engines`. Default: all.")
-@click.option("--rounds", type=int, default=10, show_default=True, help="Timed requests per candidate.")
-@click.option("--timing-budget-s", type=float, default=20, show_default=True, help="Seconds of rounds each.")
+@click.option("--rounds", type=int, default=10, show_default=True, help="Rounds per finalist, at least.")
+@click.option("--target-width", type=float, default=0.05, show_default=True, help="Width of the intervals.")
+@click.option("--timing-budget-s", type=float, default=120, show_default=True, help="For the final's rounds.")
+@click.option("--search-generations", type=int, default=1, show_default=True, help="0: no search.")
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
@@ -105,6 +118,20 @@ def report(study: Path | None, as_json: bool) -> None:
     from open_autoglm.cli.commands import run_report
 
     run_report(study, as_json)
+
+
+@cli.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("trial")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def reproduce(study: Path, trial: str, as_json: bool) -> None:
+    """Run one TRIAL of a finished STUDY again, and say whether its figures come back.
+
+    Exit code 0 if they do, 3 if they do not; then the reason is told, as far as it can be found.
+    """
+    from open_autoglm.cli.commands import run_reproduce
+
+    sys.exit(run_reproduce(study, trial, as_json=as_json))
 
 
 @cli.command()

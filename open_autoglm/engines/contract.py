@@ -11,6 +11,7 @@ trial's ``reason``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,10 @@ from open_autoglm.schemas import (
     Candidate,
     Checkpoint,
     Device,
+    Dimension,
     ExportedModel,
+    Hardware,
+    Knob,
     Model,
     OptimizeSpec,
     Probe,
@@ -38,7 +42,7 @@ class SessionOptions(Model):
 
     batch_size: int = Field(ge=1)
     max_tokens: int = Field(ge=2, description="prompt and output together: the size of the KV cache")
-    threads: int = Field(ge=1)
+    threads: int = Field(ge=1, description="as many as the host gives; a candidate may ask for fewer")
 
 
 @runtime_checkable
@@ -93,10 +97,29 @@ class Engine(Protocol):
         """Candidates worth trying for this model and request, each with its reason."""
         ...
 
+    def dimensions(
+        self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
+    ) -> tuple[Dimension, ...]:
+        """The knobs of ``candidate`` that the search may turn, each with the values worth trying here, the
+        candidate's own among them; () if there is nothing to turn.
+
+        Every knob named is in ``candidate.knobs``, and every combination of values is a candidate.
+        """
+        ...
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+        """``candidate`` with these knobs turned: neither vetoed nor the reference, baseline or incumbent.
+
+        The id follows from the configuration alone: the same one has the same id, however it was reached.
+        Raises KeyError for a knob that the candidate does not have.
+        """
+        ...
+
     def recipe(self, candidate: Candidate) -> dict[str, Any] | None:
         """What determines the exported files besides the checkpoint; None if it loads the checkpoint itself.
 
-        Include the versions of the libraries that write the files: the recipe is the cache key.
+        Include the versions of the libraries that write the files: the recipe is the cache key. Leave out
+        the knobs that only the session heeds, so that candidates that differ in those share their files.
         """
         ...
 
@@ -107,3 +130,51 @@ class Engine(Protocol):
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         """Load the model. Called in a fresh child process."""
         ...
+
+
+# ── what engines share ───────────────────────────────────────────────────────────────────────────
+
+ALL_THREADS = "all"
+"""Value of the knob ``threads``: as many as the host gives. A number is kept on any host."""
+
+
+def threads_of(candidate: Candidate, options: SessionOptions) -> int:
+    """The threads a session of ``candidate`` runs with: its knob ``threads``, or all there are."""
+    asked = candidate.knobs.get("threads", ALL_THREADS)
+    return options.threads if asked == ALL_THREADS else int(asked)
+
+
+def thread_dimension(hardware: Hardware) -> Dimension:
+    """All cores or half of them."""
+    half = (hardware.cores // 2,) if hardware.cores > 1 else ()
+    return Dimension(
+        knob="threads",
+        values=(ALL_THREADS, *half),
+        because="decode waits for memory, and threads that share a core may wait for each other",
+    )
+
+
+def dimensions_around(candidate: Candidate, space: Sequence[Dimension]) -> tuple[Dimension, ...]:
+    """``space`` seen from ``candidate``: its own value first, each value once, no knob without a choice."""
+    seen = [
+        dimension.model_copy(
+            update={"values": tuple(dict.fromkeys((candidate.knobs[dimension.knob], *dimension.values)))}
+        )
+        for dimension in space
+    ]
+    return tuple(dimension for dimension in seen if len(dimension.values) > 1)
+
+
+def knob_changes(before: Mapping[str, Knob], after: Mapping[str, Knob]) -> str:
+    """``block_size 16 instead of 32, threads 1 instead of all``: what ``after`` turns; '' for nothing.
+
+    ``after`` may leave out what stays. Raises KeyError for a knob that ``before`` does not have.
+    """
+    turned = [(knob, value, before[knob]) for knob, value in after.items() if value != before[knob]]
+    return ", ".join(f"{knob} {value} instead of {former}" for knob, value, former in turned)
+
+
+def because_of(candidate: Candidate, knobs: Mapping[str, Knob]) -> str:
+    """Why the variant of ``candidate`` with these knobs is proposed."""
+    changes = knob_changes(candidate.knobs, knobs)
+    return f"{candidate.id} with {changes}" if changes else candidate.proposed_because

@@ -6,11 +6,21 @@ provider and TensorRT are probed, proposed and vetoed with the reason, never run
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    ExportedModel,
+    Knob,
+    OptimizeSpec,
+    Probe,
+)
 
 _NOT_YET = "found, but this release of Open-AutoGLM has no runner for it yet"
 
@@ -78,6 +88,12 @@ class _NvidiaEngine:
                 proposed_because="half the bytes of fp32 on tensor cores",
             )
         ]
+
+    def dimensions(self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> tuple[()]:
+        return ()
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+        self._refuse()
 
     def recipe(self, candidate: Candidate) -> dict[str, Any] | None:
         self._refuse()

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from open_autoglm.engines.contract import ExportContext, Logits, Session, SessionOptions, Tokens
+from open_autoglm.engines.contract import (
+    ALL_THREADS,
+    ExportContext,
+    Logits,
+    Session,
+    SessionOptions,
+    Tokens,
+    because_of,
+    dimensions_around,
+    thread_dimension,
+    threads_of,
+)
 from open_autoglm.export.recipe import OnnxRecipe
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    Dimension,
+    ExportedModel,
+    Hardware,
+    Knob,
+    OptimizeSpec,
+    Precision,
+    Probe,
+)
 
 _INSTALL = "pip install 'open-autoglm[cpu]'"
 _MINIMUM = (1, 27)
+
+_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 4}
+
+INT8_ACTIVATIONS = 4
+"""The accuracy level of MatMulNBits that rounds activations to int8; 0 keeps them in fp32."""
+
+SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
+    {"threads": ALL_THREADS, "graph_level": "all", "allow_spinning": True, "memory_pattern": True}
+)
+"""What only the session heeds, at ONNX Runtime's own defaults: no such knob changes an exported file."""
 
 
 class OnnxRuntimeEngine:
@@ -37,33 +72,34 @@ class OnnxRuntimeEngine:
         return Probe(engine=self.name, stage="ready", version=found, reason="CPU execution provider")
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
-        vnni = {"avx512_vnni", "avx_vnni"} & set(analysis.hardware.isa)
-        int8_hope = "has VNNI, so int8 arithmetic is fast" if vnni else "has no VNNI: int8 may not pay"
+        vnni = _has_vnni(analysis.hardware)
+        hope = "has VNNI, so int8 arithmetic is fast" if vnni else "has no VNNI: int8 may not pay"
+        whole: dict[str, Knob] = {"dynamic_int8": False, **SESSION_KNOBS}
+        dynamic: dict[str, Knob] = {**whole, "dynamic_int8": True}
+        blocks: dict[str, Knob] = {"block_size": 32, "accuracy_level": INT8_ACTIVATIONS, **whole}
         return [
-            self._candidate("fp32", 32, "fused graph with in-place KV cache, exact arithmetic"),
-            self._candidate(
-                "int8", 8, f"int8 weights and activations; this CPU {int8_hope}", "dynamic-int8", dynamic=True
-            ),
-            self._candidate("int8", 8, "8-bit weights: decode reads a quarter of the fp32 bytes", "w8-b32"),
-            self._candidate("int4", 4, "4-bit weights: decode reads an eighth of the fp32 bytes", "w4-b32"),
+            _candidate("fp32", whole, "fused graph with in-place KV cache, exact arithmetic"),
+            _candidate("int8", dynamic, f"int8 weights and activations; this CPU {hope}"),
+            _candidate("int8", blocks, "8-bit weights: decode reads a quarter of the fp32 bytes"),
+            _candidate("int4", blocks, "4-bit weights: decode reads an eighth of the fp32 bytes"),
         ]
 
-    def _candidate(
-        self, precision: Any, bits: int, because: str, label: str = "fp32", *, dynamic: bool = False
-    ) -> Candidate:
-        knobs: dict[str, str | int | float | bool] = {"dynamic_int8": dynamic}
-        weight_only = bits < 32 and not dynamic
-        if weight_only:
-            knobs |= {"block_size": 32, "accuracy_level": 4}
-        return Candidate(
-            id=f"onnxruntime-{label}",
-            engine=self.name,
-            device="cpu",
-            precision=precision,
-            weight_bits=bits + 1 if weight_only else bits,  # one fp32 scale per 32 weights
-            knobs=knobs,
-            proposed_because=because,
-        )
+    def dimensions(
+        self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
+    ) -> tuple[Dimension, ...]:
+        """Block size and accuracy level for weight-only candidates; threads and session options for all."""
+        memory_counts = spec.objective == "memory" or spec.max_memory is not None
+        space = [
+            *(_weight_dimensions(analysis.hardware) if _is_weight_only(candidate.knobs) else ()),
+            thread_dimension(analysis.hardware),
+            *_SESSION_DIMENSIONS,
+            *([_MEMORY_PATTERN] if memory_counts else ()),
+        ]
+        return dimensions_around(candidate, space)
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+        because = because_of(candidate, knobs)
+        return _candidate(candidate.precision, {**candidate.knobs, **knobs}, because)
 
     def recipe(self, candidate: Candidate) -> dict[str, Any]:
         from open_autoglm.export.routes import library_versions
@@ -76,7 +112,94 @@ class OnnxRuntimeEngine:
         return export_onnx(checkpoint, _recipe_of(candidate), context)
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
-        return OnnxRuntimeSession(exported.path, options)
+        options = options.model_copy(update={"threads": threads_of(candidate, options)})
+        return OnnxRuntimeSession(exported.path, options, candidate.knobs)
+
+
+# ── configurations ───────────────────────────────────────────────────────────────────────────────
+
+_GRAPH_LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC"}
+"""Between the two is "extended", which leaves the same graph as "all": layouts are for convolutions."""
+
+_SESSION_DIMENSIONS = (
+    Dimension(
+        knob="graph_level",
+        values=tuple(_GRAPH_LEVELS),
+        because="fusion at load time saves dispatches, though a fused kernel may be the slower one",
+    ),
+    Dimension(
+        knob="allow_spinning",
+        values=(True, False),
+        because="threads that spin between operators start the next one sooner and keep the cores busy",
+    ),
+)
+
+_MEMORY_PATTERN = Dimension(
+    knob="memory_pattern",
+    values=(True, False),
+    because="one block planned for a whole call saves allocations and holds more memory",
+)
+
+
+def _weight_dimensions(hardware: Hardware) -> list[Dimension]:
+    block_size = Dimension(
+        knob="block_size",
+        values=(16, 32, 64, 128),
+        because="smaller blocks follow the weights closer and have more scales to read",
+    )
+    if _has_vnni(hardware):
+        # Not worth a trial: an 8-bit token took 150 ms at level 0 and 7 ms at level 4 on Zen 4.
+        return [block_size]
+    accuracy_level = Dimension(
+        knob="accuracy_level",
+        values=(INT8_ACTIVATIONS, 0),
+        because="int8 activations (4) need fast int8 arithmetic, which this CPU has not; 0 computes in fp32",
+    )
+    return [block_size, accuracy_level]
+
+
+def _has_vnni(hardware: Hardware) -> bool:
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(hardware.isa)
+
+
+def _is_weight_only(knobs: Mapping[str, Knob]) -> bool:
+    return "block_size" in knobs
+
+
+def _candidate(precision: Precision, knobs: Mapping[str, Knob], because: str) -> Candidate:
+    """The candidate of one configuration, from which alone its id follows."""
+    bits = float(_BITS[precision])
+    if _is_weight_only(knobs):
+        bits += 32 / int(knobs["block_size"])  # one fp32 scale per block
+    return Candidate(
+        id=_id(precision, knobs),
+        engine="onnxruntime",
+        device="cpu",
+        precision=precision,
+        weight_bits=bits,
+        knobs=dict(knobs),
+        proposed_because=because,
+    )
+
+
+def _id(precision: Precision, knobs: Mapping[str, Knob]) -> str:
+    """What the files are, then what the session does otherwise than by default."""
+    parts = ["onnxruntime"]
+    if _is_weight_only(knobs):
+        parts.append(f"w{_BITS[precision]}-b{knobs['block_size']}")
+        if knobs["accuracy_level"] != INT8_ACTIVATIONS:
+            parts.append(f"a{knobs['accuracy_level']}")
+    else:
+        parts.append("dynamic-int8" if knobs["dynamic_int8"] else precision)
+    if knobs["threads"] != ALL_THREADS:
+        parts.append(f"t{knobs['threads']}")
+    if knobs["graph_level"] != "all":
+        parts.append(f"g-{knobs['graph_level']}")
+    if not knobs["allow_spinning"]:
+        parts.append("nospin")
+    if not knobs["memory_pattern"]:
+        parts.append("nopattern")
+    return "-".join(parts)
 
 
 def _recipe_of(candidate: Candidate) -> OnnxRecipe:
@@ -99,6 +222,9 @@ def _installed_version() -> str | None:
     return None
 
 
+_SPINNING = "session.intra_op.allow_spinning"
+
+
 class OnnxRuntimeSession:
     """A decoder graph and its KV cache.
 
@@ -107,13 +233,16 @@ class OnnxRuntimeSession:
     of it is valid. Otherwise past grows by concatenation.
     """
 
-    def __init__(self, directory: Path, options: SessionOptions) -> None:
+    def __init__(
+        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+    ) -> None:
         from open_autoglm.export.graph import LAST, DecoderFacts
 
         self._facts = DecoderFacts.read(directory)
         self._shared_buffer = self._facts.kv_cache == "in_place"
         self._directory = directory
         self._options = options
+        self._knobs = {**SESSION_KNOBS, **knobs}
         self._session = self._load(directory / LAST)
         self._past_names = [
             i.name for i in self._session.get_inputs() if i.name.startswith("past_key_values")
@@ -130,6 +259,10 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._options.threads
         options.inter_op_num_threads = 1
+        level = _GRAPH_LEVELS[str(self._knobs["graph_level"])]
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        options.enable_mem_pattern = bool(self._knobs["memory_pattern"])
+        options.add_session_config_entry(_SPINNING, "1" if self._knobs["allow_spinning"] else "0")
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         session.disable_fallback()
         return session
@@ -197,10 +330,14 @@ class OnnxRuntimeSession:
     def facts(self) -> dict[str, str]:
         import onnxruntime as ort
 
+        options = self._session.get_session_options()
         return {
             "onnxruntime": ort.__version__,
             "providers": ",".join(self._session.get_providers()),
-            "threads": str(self._options.threads),
+            "threads": str(options.intra_op_num_threads),
+            "graph_level": options.graph_optimization_level.name.removeprefix("ORT_ENABLE_").lower(),
+            "spinning": {"1": "allowed", "0": "off"}[options.get_session_config_entry(_SPINNING)],
+            "memory_pattern": "planned" if options.enable_mem_pattern else "off",
             "kv_cache": self._facts.kv_cache,
         }
 

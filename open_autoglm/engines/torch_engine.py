@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from open_autoglm.engines.contract import ExportContext, Logits, Session, SessionOptions, Tokens
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+from open_autoglm.engines.contract import (
+    ALL_THREADS,
+    ExportContext,
+    Logits,
+    Session,
+    SessionOptions,
+    Tokens,
+    because_of,
+    dimensions_around,
+    thread_dimension,
+    threads_of,
+)
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    Dimension,
+    ExportedModel,
+    Knob,
+    OptimizeSpec,
+    Precision,
+    Probe,
+)
 
-_BITS = {"fp32": 32, "bf16": 16}
+_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16}
 
 
 class TorchEngine:
@@ -34,36 +57,30 @@ class TorchEngine:
         bf16_hope = "this CPU computes bf16 natively" if native else "this CPU has no bf16 arithmetic"
         if device == "gpu":
             bf16_hope = "the GPU computes bf16 natively"
-        reference = self._candidate(device, "fp32", "the reference that every other candidate is judged by")
-        eager = self._candidate(device, "bf16", f"half the bytes of fp32; {bf16_hope}")
-        compiled = self._candidate(
-            device,
-            "bf16",
-            "what a careful person tunes by hand: static cache and torch.compile",
-            compiled=True,
-        )
+        eager: dict[str, Knob] = {"compile": False, "threads": ALL_THREADS}
+        reference = _candidate(device, "fp32", eager, "the reference that every other candidate is judged by")
+        plain = _candidate(device, "bf16", eager, f"half the bytes of fp32; {bf16_hope}")
+        by_hand = "what a careful person tunes by hand: static cache and torch.compile"
+        compiled = _candidate(device, "bf16", {**eager, "compile": True}, by_hand)
         if (missing := _missing_compiler()) is not None:
             compiled = compiled.vetoed(missing)
         return [
             reference.model_copy(update={"reference": True}),
-            eager,
+            plain,
             compiled.model_copy(update={"baseline": True}),
         ]
 
-    def _candidate(
-        self, device: Device, precision: Any, because: str, *, compiled: bool = False
-    ) -> Candidate:
-        suffix = "-compile" if compiled else ""
-        place = "-cuda" if device == "gpu" else ""
-        return Candidate(
-            id=f"torch{place}-{precision}{suffix}",
-            engine=self.name,
-            device=device,
-            precision=precision,
-            weight_bits=_BITS[precision],
-            knobs={"compile": compiled},
-            proposed_because=because,
-        )
+    def dimensions(
+        self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
+    ) -> tuple[Dimension, ...]:
+        """None for the reference and the baseline, which are yardsticks, and none on a GPU."""
+        if candidate.reference or candidate.baseline or candidate.device == "gpu":
+            return ()
+        return dimensions_around(candidate, [thread_dimension(analysis.hardware)])
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+        because = because_of(candidate, knobs)
+        return _candidate(candidate.device, candidate.precision, {**candidate.knobs, **knobs}, because)
 
     def recipe(self, candidate: Candidate) -> None:
         return None
@@ -73,6 +90,24 @@ class TorchEngine:
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         return TorchSession(candidate, exported, options)
+
+
+def _candidate(device: Device, precision: Precision, knobs: Mapping[str, Knob], because: str) -> Candidate:
+    """The candidate of one configuration, from which alone its id follows."""
+    parts = ["torch-cuda" if device == "gpu" else "torch", precision]
+    if knobs["compile"]:
+        parts.append("compile")
+    if knobs["threads"] != ALL_THREADS:
+        parts.append(f"t{knobs['threads']}")
+    return Candidate(
+        id="-".join(parts),
+        engine="torch",
+        device=device,
+        precision=precision,
+        weight_bits=_BITS[precision],
+        knobs=dict(knobs),
+        proposed_because=because,
+    )
 
 
 def _missing_compiler() -> str | None:
@@ -89,7 +124,8 @@ class TorchSession:
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(options.threads)
+        self._threads = threads_of(candidate, options)
+        torch.set_num_threads(self._threads)
         self._torch = torch
         self._device = "cuda" if candidate.device == "gpu" else "cpu"
         self._compiled = bool(candidate.knobs["compile"])
@@ -172,7 +208,7 @@ class TorchSession:
         return {
             "torch": self._torch.__version__,
             "device": self._device,
-            "threads": str(self._options.threads),
+            "threads": str(self._threads),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "kv_cache": "static" if self._compiled else "growing",
             "attention": str(self._model.config._attn_implementation),

@@ -3,10 +3,20 @@ cannot run here, so that one bad plug-in ends neither a command nor a study."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    ExportedModel,
+    Knob,
+    OptimizeSpec,
+    Probe,
+)
 
 
 class UnloadableEngine:
@@ -32,6 +42,12 @@ class UnloadableEngine:
                 proposed_because=self.summary,
             )
         ]
+
+    def dimensions(self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> tuple[()]:
+        return ()
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> NoReturn:
+        raise RuntimeError(self._reason)
 
     def recipe(self, candidate: Candidate) -> NoReturn:
         raise RuntimeError(self._reason)

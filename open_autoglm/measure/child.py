@@ -1,7 +1,8 @@
 """The child's side of :mod:`open_autoglm.measure.isolation`: ``python -m open_autoglm.measure.child FD``.
 
-Standard input carries one request; the answer goes to file descriptor FD as one JSON object,
-``{"result": …}`` or ``{"error": {"type": …, "message": …}}``.
+Standard input carries JSON, one object a line: first the conditions of its life, then requests. Each is
+answered on file descriptor FD by one line, ``{"result": …}`` or ``{"error": {"type": …, "message": …}}``; an
+error is the last answer. The end of standard input is the end of the child.
 """
 
 from __future__ import annotations
@@ -38,28 +39,36 @@ def resolve(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def main() -> None:
-    answer_descriptor = int(sys.argv[1])
-    request = json.load(sys.stdin)
-    die_with(request["parent"])
+def accept_conditions(conditions: dict[str, Any]) -> None:
+    """Die with the parent, be the first to go when memory runs out, stay within limit and cores."""
+    die_with(conditions["parent"])
     volunteer_for_the_oom_killer()
-    if limit := request["memory_limit_bytes"]:
+    if limit := conditions["memory_limit_bytes"]:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if cpus := conditions["cpus"]:
+        os.sched_setaffinity(0, cpus)
+
+
+def main() -> None:
+    answers = int(sys.argv[1])
 
     def answer(content: dict[str, Any]) -> None:
-        with os.fdopen(os.dup(answer_descriptor), "w") as pipe:
-            json.dump(content, pipe)
+        with os.fdopen(os.dup(answers), "w") as pipe:
+            pipe.write(json.dumps(content) + "\n")
 
     def report_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         traceback.print_exception(kind, error, trace)
         answer({"error": {"type": kind.__name__, "message": str(error)}})
 
+    accept_conditions(json.loads(sys.stdin.readline()))
     sys.excepthook = report_error
-    payload = resolve(request["payload_type"]).model_validate(request["payload"])
-    result = resolve(request["job"])(payload)
-    answer({"result": result.model_dump(mode="json")})
-    sys.stdout.flush()
-    # A runtime that crashes while it is torn down has given its answer already.
+    for line in sys.stdin:
+        request = json.loads(line)
+        payload = resolve(request["payload_type"]).model_validate(request["payload"])
+        result = resolve(request["job"])(payload)
+        sys.stdout.flush()
+        answer({"result": result.model_dump(mode="json")})
+    # A runtime that crashes while it is torn down has given its answers already.
     os._exit(0)
 
 

@@ -1,8 +1,8 @@
-"""Run one job in a fresh process that cannot hurt anyone else.
+"""Run jobs in a fresh process that cannot hurt anyone else.
 
 A job is a function ``module:name`` that takes one glossary model and returns another. The child
-reads it from stdin, answers on a pipe of its own (so nothing a runtime prints can corrupt the
-answer), and dies with its parent. Whatever goes wrong is returned as a :class:`Failure`.
+reads requests from stdin, one per line, and answers on a pipe of its own (so nothing a runtime prints can
+corrupt an answer). It dies with its parent. Whatever goes wrong is returned as a :class:`Failure`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from open_autoglm.schemas import Model, TrialStatus
 
@@ -82,6 +86,114 @@ def kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
+class Child:
+    """A process of its own that runs one job after another until it fails or is closed.
+
+    ``log`` receives its stdout and stderr. ``memory_limit_bytes`` caps its data segment, ``cpus`` are the
+    cores it may run on. It dies with the *thread* that made it: keep that alive as long as the child.
+    Raises Interrupted, here and in `ask`, once `stop_children` was called.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        memory_limit_bytes: int | None = None,
+        cpus: tuple[int, ...] = (),
+    ) -> None:
+        if _children.stopped:
+            raise Interrupted("interrupted")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        self._failure: Failure | None = None
+        self._closed = False
+        self._answers, writer = os.pipe()
+        try:
+            with log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "open_autoglm.measure.child", str(writer)],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(writer,),
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                )
+        except OSError:
+            os.close(self._answers)
+            raise
+        finally:
+            os.close(writer)
+        _children.add(self._process)
+        self._send({"parent": os.getpid(), "memory_limit_bytes": memory_limit_bytes, "cpus": cpus})
+
+    def ask(self, job: str, payload: Model, answer_type: type[Answer], timeout_s: float) -> Answer | Failure:
+        """Run ``job(payload)`` there; its answer, or why there is none. A child that failed stays failed."""
+        if self._failure is not None:
+            return self._failure
+        kind = type(payload)
+        payload_type = f"{kind.__module__}:{kind.__qualname__}"
+        self._send({"job": job, "payload_type": payload_type, "payload": payload.model_dump(mode="json")})
+        try:
+            line = self._receive(time.monotonic() + timeout_s)
+        except TimeoutError:
+            self.close()
+            self._failure = Failure("timed_out", f"gave no answer within {timeout_s:g} s and was killed")
+            return self._failure
+        said = _parse(line)
+        if "result" in said:
+            return answer_type.model_validate(said["result"])
+        self.close(grace_s=5)
+        if _children.stopped:
+            raise Interrupted("interrupted")
+        self._failure = _explain(said, self._process.returncode, self._log)
+        return self._failure
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone: its answers will end, and that says why
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _receive(self, deadline: float) -> bytes:
+        """One line, or what came before the pipe's end. Raises TimeoutError."""
+        received = b""
+        while not received.endswith(b"\n"):
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            part = os.read(self._answers, 1 << 20)
+            if not part:
+                break
+            received += part
+        return received
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """End the process and everything it started; ``grace_s`` lets a dying one tell its exit code."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        kill_group(self._process)
+        self._process.wait()
+        _children.remove(self._process)
+        os.close(self._answers)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._failure = self._failure or Failure("failed", "was closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def run_isolated(
     job: str,
     payload: Model,
@@ -92,73 +204,21 @@ def run_isolated(
     environment: dict[str, str] | None = None,
     memory_limit_bytes: int | None = None,
 ) -> Answer | Failure:
-    """Run ``job(payload)`` in a child; return its answer or why there is none.
-
-    ``log`` receives the child's stdout and stderr. ``memory_limit_bytes`` caps its data segment.
-    """
-    if _children.stopped:
-        raise Interrupted("interrupted")
-    request = json.dumps(
-        {
-            "job": job,
-            "payload_type": f"{type(payload).__module__}:{type(payload).__qualname__}",
-            "payload": payload.model_dump(mode="json"),
-            "parent": os.getpid(),
-            "memory_limit_bytes": memory_limit_bytes,
-        }
-    )
-    log.parent.mkdir(parents=True, exist_ok=True)
-    reader, writer = os.pipe()
-    with log.open("wb") as output, os.fdopen(reader, "rb") as answer_pipe:
-        try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "open_autoglm.measure.child", str(writer)],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(writer,),
-                start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-            )
-        finally:
-            os.close(writer)
-        answer, timed_out = _converse(child, request.encode(), answer_pipe, timeout_s)
-    if _children.stopped:
-        raise Interrupted("interrupted")
-    if timed_out:
-        return Failure("timed_out", f"gave no answer within {timeout_s:g} s and was killed")
-    return _interpret(answer, child.returncode, log, answer_type)
+    """Run one ``job(payload)`` in a child of its own; return its answer or why there is none."""
+    with Child(log, environment=environment, memory_limit_bytes=memory_limit_bytes) as child:
+        return child.ask(job, payload, answer_type, timeout_s)
 
 
-def _converse(
-    child: subprocess.Popen[bytes], request: bytes, answer_pipe: IO[bytes], timeout_s: float
-) -> tuple[bytes, bool]:
-    """Send the request, collect the answer, wait for the end; (answer, timed out)."""
-    answer: list[bytes] = []
-    reader = threading.Thread(target=lambda: answer.append(answer_pipe.read()), daemon=True)
-    reader.start()
-    _children.add(child)
-    timed_out = False
+def _parse(line: bytes) -> dict[str, Any]:
     try:
-        child.communicate(request, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        timed_out = True
-    finally:
-        kill_group(child)
-        child.wait()
-        _children.remove(child)
-    reader.join(timeout=5)
-    return (answer[0] if answer else b""), timed_out
-
-
-def _interpret(answer: bytes, code: int, log: Path, answer_type: type[Answer]) -> Answer | Failure:
-    """Turn the child's answer and exit code into a model or a failure with its reason."""
-    try:
-        said = json.loads(answer)
+        said: dict[str, Any] = json.loads(line)
     except ValueError:  # none, or cut off in the middle
-        said = {}
-    if code == 0 and "result" in said:
-        return answer_type.model_validate(said["result"])
+        return {}
+    return said
+
+
+def _explain(said: Mapping[str, Any], code: int, log: Path) -> Failure:
+    """What became of a child that gave no result."""
     tail = log.read_text(errors="replace")[-4000:]
     if error := said.get("error"):
         kind, message = error["type"], error["message"]

@@ -1,35 +1,34 @@
-"""What runs in the children: timing one candidate, scoring one candidate, computing the reference.
+"""What runs in the children. A child opens one session and then does with it what it is asked, in turn:
+look at its memory, score its output, run a timed round.
 
-Definitions (batch of ``b`` prompts, ``n`` output tokens, greedy): TTFT is the time from handing over the
-prompts to knowing each one's first token. TPOT is the time from there to the last token, divided by
-``n - 1``: the first token is not part of it. ``tokens_per_s`` is ``b / TPOT``. ``e2e`` is the whole request.
+The parent holds the device lease, so a child never waits for anyone while its time runs.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import Logits, Session, SessionOptions, Tokens
-from open_autoglm.measure.interference import CpuMeter
-from open_autoglm.measure.lease import device_lease
-from open_autoglm.measure.statistics import summarise
-from open_autoglm.measure.workload import WARMUPS
+from open_autoglm.engines.contract import Session, SessionOptions
+from open_autoglm.measure.memory import FootprintWatch
+from open_autoglm.measure.scenarios import run_round
+from open_autoglm.measure.workload import Requests, load_rounds, short, warmup_request
 from open_autoglm.quality.metrics import score
 from open_autoglm.quality.reference import EvaluationSet, compute_reference
-from open_autoglm.schemas import Candidate, ExportedModel, Measurements, Model, QualityReport, Workload
+from open_autoglm.schemas import (
+    Candidate,
+    ExportedModel,
+    Footprint,
+    Model,
+    QualityReport,
+    Round,
+    Workload,
+)
 
-LEAST_ROUNDS = 5
-"""A slow candidate is timed at least so often, whatever the budget."""
-
-
-class IncorrectOutput(RuntimeError):
-    """The engine answers with something that is no answer, so its speed is of no interest."""
+PREFIX = __name__
 
 
 class OpenJob(Model):
@@ -38,27 +37,46 @@ class OpenJob(Model):
     candidate: Candidate
     exported: ExportedModel
     options: SessionOptions
-
-    def open(self) -> Session:
-        return engines.get(self.candidate.engine).open(self.candidate, self.exported, self.options)
-
-
-class MeasureJob(OpenJob):
-    """Payload of :func:`measure`."""
-
     workload: Workload
-    timing_budget_s: float
 
 
-class ScoreJob(OpenJob):
-    """Payload of :func:`score_candidate`."""
+class Opened(Model):
+    """Answer of :func:`open_session`."""
+
+    load_ms: float
+
+
+class Nothing(Model):
+    """The payload of a job that needs none."""
+
+
+class FirstRequest(Model):
+    """Answer of :func:`first_request`."""
+
+    footprint: Footprint
+    first_request_ms: float = Field(description="compilation and first touch included")
+    facts: dict[str, str]
+
+
+class RoundJob(Model):
+    """Payload of :func:`timed_round`. Lengths, where given, shorten its requests."""
+
+    index: int
+    warming: bool = Field(False, description="`index` counts warm-up turns, not the workload's rounds")
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class ScoreJob(Model):
+    """Payload of :func:`score_session`."""
 
     evaluation_set: EvaluationSet
     reference: Path
     min_quality: float
+    windows: int | None = Field(None, description="of each text, at most; None for all")
 
 
-class ReferenceJob(OpenJob):
+class ReferenceJob(Model):
     """Payload of :func:`make_reference`."""
 
     evaluation_set: EvaluationSet
@@ -72,143 +90,88 @@ class ReferenceDone(Model):
     seconds: float
 
 
-class Round(Model):
-    """One timed request."""
+class _Served:
+    """The one session of this process."""
 
-    ttft_ms: float
-    token_ms: tuple[float, ...] = Field(description="one entry per token after the first")
-    foreign_cpu_share: float
-
-    @property
-    def tpot_ms(self) -> float:
-        return sum(self.token_ms) / len(self.token_ms)
-
-    @property
-    def e2e_ms(self) -> float:
-        return self.ttft_ms + sum(self.token_ms)
-
-
-def measure(job: MeasureJob) -> Measurements:
-    """Load, warm up, then time ``workload.rounds`` requests with the device held alone."""
-    workload, device = job.workload, job.candidate.device
-    prompts: Tokens = np.load(workload.path)
-    with device_lease(device, alone=False):
+    def __init__(self, job: OpenJob) -> None:
+        self.watch = FootprintWatch()
+        self.watch.start()  # before the weights are read
+        self.options = job.options
+        self.workload = job.workload
+        self.requests: list[Requests] = load_rounds(job.workload)
+        self.longest = sorted(range(len(self.requests)), key=self._length, reverse=True)
+        engine = engines.get(job.candidate.engine)
         started = time.perf_counter()
-        session = job.open()
-        load_ms = (time.perf_counter() - started) * 1e3
-        # Compilation and first-touch happen here, where others may prepare too.
-        warmups = [run_round(session, prompts[0], workload.output_tokens)]
-    with device_lease(device, alone=True):
-        warmups += [run_round(session, prompt, workload.output_tokens) for prompt in prompts[1:WARMUPS]]
-        rounds = timed_rounds(session, prompts[WARMUPS:], workload.output_tokens, job.timing_budget_s)
-        peak_rss_bytes = read_peak_rss_bytes()
-    facts = session.facts()
-    session.close()
-    return _evidence(job, rounds, warmups, load_ms, peak_rss_bytes, facts)
+        self.session: Session = engine.open(job.candidate, job.exported, job.options)
+        self.load_ms = (time.perf_counter() - started) * 1e3
+
+    def _length(self, index: int) -> int:
+        """Tokens of a round's first request, prompt and output."""
+        return sum(self.requests[index][0].lengths)
 
 
-def timed_rounds(session: Session, prompts: Tokens, output_tokens: int, budget_s: float) -> list[Round]:
-    """One round per prompt batch; ends early when the budget is spent, but not before LEAST_ROUNDS."""
-    rounds: list[Round] = []
-    end = time.perf_counter() + budget_s
-    for prompt in prompts:
-        if len(rounds) >= LEAST_ROUNDS and time.perf_counter() > end:
-            break
-        rounds.append(run_round(session, prompt, output_tokens))
-    return rounds
+_served: _Served | None = None
 
 
-def run_round(session: Session, prompts: Tokens, output_tokens: int) -> Round:
-    """Time one request of ``int64[batch, prompt]``. Raises IncorrectOutput on NaN or infinite logits."""
-    token_ms = []
-    cpu = CpuMeter()
-    mark = time.perf_counter()
-    logits = session.prefill(prompts)
-    tokens = logits.argmax(axis=-1)
-    now = time.perf_counter()
-    ttft_ms, mark = (now - mark) * 1e3, now
-    first_logits = logits
-    for _ in range(output_tokens - 1):
-        logits = session.decode(tokens)
-        tokens = logits.argmax(axis=-1)
-        now = time.perf_counter()
-        token_ms.append((now - mark) * 1e3)
-        mark = now
-    foreign = cpu.foreign_cores()
-    _require_finite(first_logits, "prefill")
-    _require_finite(logits, "decode")
-    return Round(ttft_ms=ttft_ms, token_ms=tuple(token_ms), foreign_cpu_share=foreign)
+def _the_session() -> _Served:
+    assert _served is not None, "open_session comes first"
+    return _served
 
 
-def _require_finite(logits: Logits, phase: str) -> None:
-    if not np.isfinite(logits).all():
-        raise IncorrectOutput(f"{phase} gave logits that are not finite")
+def open_session(job: OpenJob) -> Opened:
+    """Load the candidate; the session stays open for the jobs that follow."""
+    global _served  # noqa: PLW0603 - a child has one session for life
+    _served = _Served(job)
+    return Opened(load_ms=_served.load_ms)
 
 
-def _evidence(
-    job: MeasureJob,
-    rounds: list[Round],
-    warmups: list[Round],
-    load_ms: float,
-    peak_rss_bytes: int,
-    facts: dict[str, str],
-) -> Measurements:
-    workload = job.workload
-    requested = workload.output_tokens
-    return Measurements(
-        metrics={
-            "ttft_ms": summarise([r.ttft_ms for r in rounds], "ms"),
-            "tpot_ms": summarise([r.tpot_ms for r in rounds], "ms"),
-            "e2e_ms": summarise([r.e2e_ms for r in rounds], "ms"),
-            "tokens_per_s": summarise([workload.batch_size * 1e3 / r.tpot_ms for r in rounds], "tokens/s"),
-            "throughput_tokens_per_s": summarise(
-                [workload.batch_size * requested * 1e3 / r.e2e_ms for r in rounds], "tokens/s"
-            ),
-            "load_ms": summarise([load_ms], "ms"),
-            "peak_rss_bytes": summarise([peak_rss_bytes], "bytes"),
-        },
-        warmups={
-            "ttft_ms": tuple(r.ttft_ms for r in warmups),
-            "tpot_ms": tuple(r.tpot_ms for r in warmups),
-        },
-        token_ms=tuple(r.token_ms for r in rounds),
-        foreign_cpu_share=tuple(r.foreign_cpu_share for r in rounds),
-        output_tokens_ratio=min(len(r.token_ms) + 1 for r in rounds) / requested,
-        environment={**facts, "pid": str(os.getpid())},
+def first_request(_: Nothing) -> FirstRequest:
+    """Answer one request of the workload's full length, and say how much memory that took."""
+    served = _the_session()
+    longest = served.longest[0]
+    started = time.perf_counter()
+    run_round(served.session, served.requests[longest][:1], longest)
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    facts = served.session.facts()
+    device = facts.get("peak_device_bytes")
+    footprint = served.watch.stop(device_bytes=int(device) if device is not None else None)
+    return FirstRequest(footprint=footprint, first_request_ms=elapsed_ms, facts=facts)
+
+
+def timed_round(job: RoundJob) -> Round:
+    """Run the workload's round ``job.index``; it begins again when all its rounds are used."""
+    served = _the_session()
+    return run_round(served.session, _requests_of(served, job), job.index)
+
+
+def _requests_of(served: _Served, job: RoundJob) -> Requests:
+    if job.warming:
+        return (warmup_request(served.requests, job.index),)
+    turn = job.index % len(served.requests)
+    if job.prompt_tokens is None or job.output_tokens is None:
+        return served.requests[turn]
+    # The longest first, so that a mix of lengths does not make the short rounds unequal.
+    return short(served.requests[served.longest[turn]], job.prompt_tokens, job.output_tokens)
+
+
+def score_session(job: ScoreJob) -> QualityReport:
+    """Judge the session's output on both paths against the stored reference."""
+    served = _the_session()
+    served.watch.stop()  # it would only take time from the scoring
+    return score(
+        served.session,
+        job.evaluation_set,
+        job.reference,
+        batch_size=served.options.batch_size,
+        limit=job.min_quality,
+        windows=job.windows,
     )
-
-
-def read_peak_rss_bytes() -> int:
-    """VmHWM of this process: the most physical memory it ever held, mapped files included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM line")
-
-
-def score_candidate(job: ScoreJob) -> QualityReport:
-    """Judge one candidate on both paths against the stored reference."""
-    with device_lease(job.candidate.device, alone=False):
-        session = job.open()
-    # Two engines with a thread per core each would run several times slower side by side than in turn.
-    with device_lease(job.candidate.device, alone=True):
-        report = score(
-            session,
-            job.evaluation_set,
-            job.reference,
-            batch_size=job.options.batch_size,
-            limit=job.min_quality,
-        )
-        session.close()
-    return report
 
 
 def make_reference(job: ReferenceJob) -> ReferenceDone:
     """Let the fp32 candidate predict the evaluation set, once for all others."""
     started = time.monotonic()
-    with device_lease(job.candidate.device, alone=False):
-        session = job.open()
-    with device_lease(job.candidate.device, alone=True):
-        compute_reference(session, job.evaluation_set, job.output)
-        session.close()
+    served = _the_session()
+    served.watch.stop()
+    compute_reference(served.session, job.evaluation_set, job.output)
     return ReferenceDone(path=job.output, seconds=time.monotonic() - started)

@@ -16,9 +16,12 @@ import numpy as np
 from open_autoglm.schemas import Metric
 
 P95_SAMPLES = 90
+"""``least_samples(0.95)``: from so many samples on, a p95 may decide."""
+
+_PERCENTILES: dict[Literal["p90", "p95", "p99"], float] = {"p90": 0.90, "p95": 0.95, "p99": 0.99}
 
 
-def summarise(values: Sequence[float], unit: Literal["ms", "tokens/s", "bytes"]) -> Metric:
+def summarise(values: Sequence[float], unit: Literal["ms", "tokens/s", "requests/s", "bytes"]) -> Metric:
     """Median, 95 % interval and percentiles of ``values``, which are kept. Raises ValueError if empty."""
     if not values:
         raise ValueError("no samples: a figure needs at least one")
@@ -33,7 +36,7 @@ def summarise(values: Sequence[float], unit: Literal["ms", "tokens/s", "bytes"])
         p90=p90,
         p95=p95,
         p99=p99,
-        p95_indicative=len(array) < P95_SAMPLES,
+        indicative=tuple(name for name, p in _PERCENTILES.items() if len(array) < least_samples(p)),
         values=tuple(float(v) for v in array),
     )
 
@@ -49,3 +52,33 @@ def median_interval(array: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) ->
     count = len(ordered)
     lower = int(binom.ppf(0.025, count, 0.5))
     return float(ordered[max(lower - 1, 0)]), float(ordered[min(count - lower, count - 1)])
+
+
+def least_samples(percentile: float, violations: int = 0, confidence: float = 0.99) -> int:
+    """How many samples show that ``percentile`` (0.95, say) keeps a limit which ``violations`` of them broke.
+
+    The least n at which so few violations would be rarer than ``1 - confidence`` if a share of
+    ``1 - percentile`` of all requests broke the limit.
+    """
+    from scipy.special import bdtrin
+
+    return int(np.ceil(bdtrin(violations, 1 - confidence, 1 - percentile)))
+
+
+def percentile_holds(
+    values: Sequence[float], limit: float, percentile: float, confidence: float = 0.99
+) -> bool | None:
+    """Whether ``percentile`` of what ``values`` were drawn from is at most ``limit``; None if not yet known.
+
+    True needs proof: enough samples for the violations among them. False is said when so many
+    violations disprove it, or when there are enough samples to prove it and yet their own percentile
+    is over the limit.
+    """
+    from scipy.stats import binom
+
+    count, violations = len(values), sum(value > limit for value in values)
+    if count >= least_samples(percentile, violations, confidence):
+        return True
+    disproved = bool(binom.sf(violations - 1, count, 1 - percentile) <= 1 - confidence)
+    over = violations > count * (1 - percentile) and count >= least_samples(percentile, 0, confidence)
+    return False if disproved or over else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_autoglm.files import directory_atomic
-from open_autoglm.schemas import FOREIGN_CPU_LIMIT, GateResult, Trial
+from open_autoglm.schemas import GateResult, Trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ _LARGEST = {"ttft_ms": 86_400_000, "tpot_ms": 86_400_000, "tokens_per_s": 1e7, "
 
 
 def results_frame(trials: Iterable[Trial]) -> pd.DataFrame:
-    """One row per trial with status ``ok``; what a trial does not have is NaN.
+    """One row per finalist that ran to the end; what it does not have is NaN.
 
     Times are in ms, memory in bytes, quality is the share of the reference kept on each path.
     """
@@ -38,7 +38,7 @@ def results_frame(trials: Iterable[Trial]) -> pd.DataFrame:
         *(f"{name}_{p}" for name in _TIMES for p in ("p50", "p95", "p99", "samples")),
     ]
     columns += [*_QUALITY, "output_tokens_ratio", "noisy_rounds"]
-    return pd.DataFrame([_row(trial) for trial in trials if trial.status == "ok"], columns=columns)
+    return pd.DataFrame([_row(t) for t in trials if t.status == "ok" and t.finalist], columns=columns)
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _plausibility() -> list[Any]:
             column="noisy_rounds",
             max_value=0,
             severity="warning",
-            description=f"no other process took more than {FOREIGN_CPU_LIMIT} cores in any round",
+            description="no round that counts was disturbed by processes, hypervisor, swapping or clock",
         ),
     ]
 

@@ -71,8 +71,11 @@ def score(
     *,
     batch_size: int = 1,
     limit: float = 0.99,
+    windows: int | None = None,
 ) -> QualityReport:
     """Judge ``session`` on ``evaluation_set`` against the file `compute_reference` wrote.
+
+    ``windows`` of each text are read at most; None means all.
 
     Each path is read until it is clear on which side of ``limit`` its ratio lies, or to the end. The
     prefill path reads one prompt per call; the decode path advances up to ``batch_size`` windows
@@ -82,13 +85,15 @@ def score(
     """
     started = time.monotonic()
     expected, texts = Reference.load(reference, evaluation_set), evaluation_set.texts
-    windows = evaluation_set.load()
-    ordered, predictions = _in_turn(windows), Predictions(*map(_in_turn, expected.predictions))
+    evaluation_set = evaluation_set.first(windows)
+    tokens, some = evaluation_set.load(), np.s_[:, : evaluation_set.layout.windows]
+    predictions = Predictions(*map(_in_turn, expected.predictions.at(some)))
+    ordered = _in_turn(tokens)
     try:
         prefill = judge(_prefill(session, evaluation_set, ordered, predictions), evaluation_set, limit)
         one_by_one = _decode(session, evaluation_set, ordered, predictions, batch_size)
         decode = judge(one_by_one, evaluation_set, limit)
-        same = _same_greedy_tokens(session, evaluation_set, windows, expected, batch_size)
+        same = _same_greedy_tokens(session, evaluation_set, tokens, expected, batch_size)
     except NonFiniteError:
         prefill = decode = _unscored(texts)
         same = (0,) * len(texts)

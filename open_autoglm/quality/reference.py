@@ -71,7 +71,14 @@ class EvaluationSet(Model):
         if sha256_file(self.path) != self.sha256:
             raise ValueError(f"{self.path} has changed since the evaluation set was made: make it again")
         tokens: Tokens = np.load(self.path)
-        return tokens
+        return tokens[:, : self.layout.windows]
+
+    def first(self, windows: int | None) -> Self:
+        """The same set with only the first ``windows`` of each text; the file stays whole."""
+        if windows is None or windows >= self.layout.windows:
+            return self
+        layout = self.layout.model_copy(update={"windows": windows})
+        return self.model_copy(update={"layout": layout})
 
 
 class Predictions(NamedTuple):

@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, ExportedModel, OptimizeSpec, Probe
+from open_autoglm.engines.contract import ExportContext, Session, SessionOptions, because_of
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    Dimension,
+    ExportedModel,
+    Knob,
+    OptimizeSpec,
+    Probe,
+)
 
 
 def candidate(name: str = "fake-crash", **knobs: str) -> Candidate:
@@ -36,6 +47,20 @@ class FakeEngine:
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         return [candidate()]
+
+    def dimensions(
+        self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
+    ) -> tuple[Dimension, ...]:
+        return ()
+
+    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+        turned = {**candidate.knobs, **knobs}
+        update = {
+            "id": f"fake-{turned['export']}-{turned['open']}",
+            "knobs": turned,
+            "proposed_because": because_of(candidate, knobs),
+        }
+        return candidate.model_copy(update=update)
 
     def recipe(self, candidate: Candidate) -> dict[str, Any]:
         return {"export": candidate.knobs["export"]}

@@ -8,10 +8,10 @@ BIN   := .venv/bin
 READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 
-.PHONY: help demo up down venv test check fmt clean
+.PHONY: help demo up down venv test check fmt clean bench bench-trust bench-processes bench-parallel bench-race
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Optimise a small real GLM from start to end; leaves the servers up
 	$(BIN)/open-autoglm demo-model $(DEMO)
@@ -47,6 +47,23 @@ check: $(READY) ## Lint, formatting and types
 fmt: $(READY) ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: bench-trust bench-processes bench-parallel bench-race ## All benchmarks (an hour on two quiet cores)
+
+bench-trust: $(READY) ## How often the method errs, with simulated engines (2 minutes)
+	$(BIN)/python -m benchmarks.trust --repeats 1000 --json benchmarks/results/trust.json
+
+bench-processes: $(READY) $(DEMO)/config.json ## How much processes of one candidate differ here (3 minutes)
+	$(BIN)/python -m benchmarks.processes $(DEMO)
+
+bench-parallel: $(READY) $(DEMO)/config.json ## Are figures taken beside another study those taken alone? (5 minutes)
+	$(BIN)/python -m benchmarks.parallel $(DEMO)
+
+bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid (about 50 minutes)
+	$(BIN)/python -m benchmarks.race_vs_grid $(DEMO)
+
+$(DEMO)/config.json: $(READY)
+	$(BIN)/open-autoglm demo-model $(DEMO)
 
 clean: ## Remove .venv and caches; what is under AUTOGLM_HOME stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

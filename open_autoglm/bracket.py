@@ -41,6 +41,26 @@ def _may_fall(trial: Trial) -> bool:
     return able and not trial.candidate.baseline and not is_registered_bundle(trial)
 
 
+def after_evaluation(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
+    """The trials, those stopped that lose too much quality by all that was scored."""
+    judged = []
+    for trial in trials:
+        quality = trial.quality
+        if (
+            not _may_fall(trial)
+            or trial.candidate.incumbent
+            or quality is None
+            or _keeps_quality(trial, spec)
+        ):
+            judged.append(trial)
+            continue
+        decided = f"{quality.worse_path} path, {quality.worse.tokens} tokens"
+        miss = _miss_of_quality(quality.ratio, spec, decided)
+        fall = Fall(stage="evaluation", reason=f"misses {miss.sentence()}")
+        judged.append(trial.model_copy(update={**fallen(fall), "misses": (miss,)}))
+    return judged
+
+
 def recall(trials: Sequence[Trial]) -> list[Trial]:
     """The trials, the incumbent back in if it fell: whatever beats it has to do so in the final."""
     back = {"status": "ok", "fall": None, "misses": (), "reason": "the registered champion, for comparison"}
@@ -65,9 +85,11 @@ def _quality_miss(trial: Trial, spec: OptimizeSpec) -> Miss | None:
     if not path.clear_of_limit or path.ratio >= spec.min_quality:
         return None
     decided = f"{trial.quality.worse_path} path, {path.tokens} tokens"
-    return Miss(
-        limit="min_quality", allowed=spec.min_quality, measured=path.ratio, unit="", decided_by=decided
-    )
+    return _miss_of_quality(path.ratio, spec, decided)
+
+
+def _miss_of_quality(ratio: float, spec: OptimizeSpec, decided_by: str) -> Miss:
+    return Miss(limit="min_quality", allowed=spec.min_quality, measured=ratio, unit="", decided_by=decided_by)
 
 
 def _memory_miss(trial: Trial, spec: OptimizeSpec) -> Miss | None:
@@ -83,10 +105,11 @@ def _memory_miss(trial: Trial, spec: OptimizeSpec) -> Miss | None:
 def _too_slow(ranked: Sequence[Trial], spec: OptimizeSpec) -> list[tuple[str, str]]:
     """(id, reason) of those that cannot win, from the best to the worst."""
     found = []
+    best = next((trial for trial in ranked if _keeps_quality(trial, spec)), None)
     for place, trial in enumerate(ranked, start=1):
-        factor = rank_figure(trial, spec) / rank_figure(ranked[0], spec)
-        if factor > HOPELESS:
-            found.append((trial.id, f"{number(factor)} times worse than {ranked[0].id} in short rounds"))
+        factor = rank_figure(trial, spec) / rank_figure(best, spec) if best else 1.0
+        if best is not None and factor > HOPELESS:
+            found.append((trial.id, f"{number(factor)} times worse than {best.id} in short rounds"))
         elif place > MOST_ENTRANTS:
             found.append((trial.id, f"place {place} in short rounds, and the best {MOST_ENTRANTS} go on"))
     return found
@@ -109,6 +132,7 @@ def race_contest(trials: Sequence[Trial], spec: OptimizeSpec) -> Contest | None:
         most_heats=RACE_HEATS,
         budget_s=spec.timing_budget_s / 2,
         keep=FINALISTS,
+        leaders=frozenset(trial.id for trial in entrants if _keeps_quality(trial, spec)),
         fit=_within_time(spec),
         on_heat=_tell,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from open_autoglm.bundle import build_bundle
 from open_autoglm.capsule import with_capsule
 from open_autoglm.export.routes import library_versions
-from open_autoglm.figures import latency_figure, pareto_figure, samples_figure
+from open_autoglm.figures import comparisons_figure, latency_figure, pareto_figure, samples_figure
 from open_autoglm.files import write_atomic
 from open_autoglm.measure.racing import BUDGET_HEATS
 from open_autoglm.quality.gates import check_results
@@ -21,7 +21,12 @@ from open_autoglm.study import save_study, save_trial
 from open_autoglm.tracking import Tracker
 from open_autoglm.trials import Bench
 
-FIGURES = {"pareto": pareto_figure, "latency": latency_figure, "samples": samples_figure}
+FIGURES = {
+    "pareto": pareto_figure,
+    "comparisons": comparisons_figure,
+    "latency": latency_figure,
+    "samples": samples_figure,
+}
 
 
 class Standings(Model):

@@ -22,7 +22,7 @@ from open_autoglm.memo import Memo, key_of
 from open_autoglm.schemas import Fall, Measurements, Metric, Model, Race, Round, Trial, TrialStatus
 from open_autoglm.settings import Settings
 from open_autoglm.study import save_trial
-from open_autoglm.trials import Bench, Conversation, Stopped, inputs_of, reused
+from open_autoglm.trials import Bench, Conversation, Stopped, fail_trial, inputs_of, reused
 
 RESIDENT_SHARE = 0.8
 """Resident children may take this share of the memory that is available when the stage begins."""
@@ -66,7 +66,8 @@ def run_stage(bench: Bench, stage: Stage, contest: Contest, settings: Settings) 
     fresh = result is None
     if result is None:
         result = _run(bench, stage, contest, settings)
-        memo.put(key, result)
+        if not result.failures:  # who failed is tried again
+            memo.put(key, result)
     trials = [_with_result(bench, stage, trial, result) for trial in contest.trials]
     return (trials if fresh else [reused(trial, stage) for trial in trials]), result.race
 
@@ -76,7 +77,8 @@ def _key(bench: Bench, stage: Stage, contest: Contest) -> str:
         mode="json",
         include={"objective", "rounds", "target_width", "timing_budget_s", "max_latency", "max_tpot"},
     )
-    return key_of(stage, contest.contestants, [inputs_of(bench, trial) for trial in contest.trials], spec)
+    inputs = [inputs_of(bench, trial) for trial in contest.trials]
+    return key_of(stage, contest.contestants, sorted(contest.rules.leaders), inputs, spec)
 
 
 def _run(bench: Bench, stage: Stage, contest: Contest, settings: Settings) -> StageResult:
@@ -204,8 +206,8 @@ def _memory(trial: Trial) -> Metric:
 def _with_result(bench: Bench, stage: Stage, trial: Trial, result: StageResult) -> Trial:
     """The trial with its figures of this stage, its failure, or its fall."""
     if (failure := result.failures.get(trial.id)) is not None:
-        told = {"status": failure.status, "reason": f"{stage}: {failure.reason}"}
-        return save_trial(bench.study, trial.model_copy(update=told))
+        log = bench.study.log_path(f"{trial.id}-{stage}")
+        return fail_trial(bench.study, trial, stage, Failure(failure.status, failure.reason), log)
     taken = result.measurements.get(trial.id)
     update: dict[str, object] = {"finalist": stage == "final"}
     if taken is not None:

@@ -13,7 +13,6 @@ from open_autoglm.settings import Settings
 from open_autoglm.tracking import Tracker, registered_name
 from open_autoglm.trials import Bench, begin_trial, configuration
 
-
 _REGISTERED = "registered-v"
 
 

@@ -538,7 +538,7 @@ class NoiseFloor(Model):
 class Fall(Model):
     """Where and why a candidate left the race."""
 
-    stage: Literal["screening", "race", "final"]
+    stage: Literal["screening", "race", "evaluation", "final"]
     heat: int | None = None
     reason: str
 

@@ -225,7 +225,7 @@ def _challenge(
         keep = f"{told}: no improvement of {spec.target_width:.0%} or beyond noise, so the champion stays"
         return Verdict(kind="tie", reasons=(keep,), nearest=best.id), incumbent.id, incumbent
     if duelled.clear and noise is not None:
-        quiet = f"two processes of one candidate differ by up to {noise.floor:.1%} here: a quieter host would tell"
+        quiet = f"two processes of one candidate differ by up to {noise.floor:.1%}: a quieter host would tell"
         return Verdict(kind="insufficient_evidence", reasons=(told, quiet), nearest=best.id), None, best
     more = (
         f"about {rounds_needed(duelled, spec.target_width)} rounds would tell (--rounds, --timing-budget-s)"
@@ -264,8 +264,8 @@ def change_words(comparison: Comparison) -> str:
     metric = comparison.metric.removesuffix("_ms").upper()
     way = "less" if comparison.change < 0 else "more"
     return (
-        f"{metric} {abs(comparison.change):.1%} {way} "
-        f"({comparison.confidence * 100:.4g} % interval {low:+.1%} to {high:+.1%}, {comparison.pairs} paired rounds)"
+        f"{metric} {abs(comparison.change):.1%} {way} ({comparison.confidence * 100:.4g} % interval "
+        f"{low:+.1%} to {high:+.1%}, {comparison.pairs} paired rounds)"
     )
 
 
@@ -281,7 +281,8 @@ def _insufficient(feasible: Sequence[Trial], spec: OptimizeSpec) -> Verdict:
 
 
 def _nothing_feasible(judged: Sequence[Trial]) -> Verdict:
-    missing = [trial for trial in judged if trial.misses]
+    # Who left early has only its first miss on record, so those that ran to the end come first.
+    missing = [t for t in judged if t.misses and is_complete(t)] or [t for t in judged if t.misses]
     if missing:
         nearest = min(missing, key=lambda trial: max(excess(miss) for miss in trial.misses))
         by = "; ".join(f"{miss.sentence()}, {excess(miss):.1%} beyond" for miss in nearest.misses)
@@ -353,7 +354,10 @@ def _explain(
     if not trial.feasible:
         return trial
     if trial.id == champion.id:
-        told = "stays champion" if verdict == "tie" else f"best {goal.phrase} of those that meet every limit"
+        told = {
+            "tie": "stays champion",
+            "insufficient_evidence": f"best {goal.phrase}, but not shown to beat the registered champion",
+        }.get(verdict, f"best {goal.phrase} of those that meet every limit")
         return trial.model_copy(update={"reason": told})
     ours, best = trial.metrics[goal.metric], champion.metrics[goal.metric]
     reason = f"meets every limit; {goal.phrase} {quantity(goal.value(trial), ours.unit)}"
@@ -398,8 +402,10 @@ def _figure_reason(champion: Trial, clear: Sequence[Trial], goal: Goal) -> str:
     metric = champion.metrics[goal.metric]
     low, high = (quantity(bound, metric.unit) for bound in metric.interval)
     decided = "p95" if goal.value(champion) != metric.median else "median"
+    best = "best " if champion.id == clear[0].id else ""
+    field = f"{len(clear)} finalists that meet" if len(clear) > 1 else "the only finalist that meets"
     return (
-        f"best {goal.phrase} of {len(clear)} finalists that meet every limit: {decided} "
+        f"{best}{goal.phrase} of {field} every limit: {decided} "
         f"{quantity(goal.value(champion), metric.unit)}, 95 % interval of the median {low} to {high}, "
         f"{metric.samples} samples"
     )

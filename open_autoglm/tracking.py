@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.errors import UserError
+from open_autoglm.records import trial_metrics, trial_params, trial_tags
 from open_autoglm.schemas import Bundle, Manifest, OptimizeSpec, Registration, Study, Trial, without_password
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -107,7 +108,7 @@ class Tracker:
         run_id = self._run(
             parent.info.experiment_id, _TRIAL, key, name=trial.candidate.id, parent=parent_run_id
         )
-        self._log(run_id, params=_trial_params(trial), metrics=_trial_metrics(trial), tags=_trial_tags(trial))
+        self._log(run_id, params=trial_params(trial), metrics=trial_metrics(trial), tags=trial_tags(trial))
         self._client.log_text(run_id, trial.model_dump_json(indent=2), "trial.json")
         self._log_files(run_id, files)
         self._client.set_terminated(run_id, "FINISHED" if trial.status in _ENDED_WELL else "FAILED")
@@ -118,7 +119,7 @@ class Tracker:
 
         A directory among ``files`` is logged under its own name.
         """
-        metrics = _trial_metrics(study.trial(study.champion)) if study.champion else {}
+        metrics = trial_metrics(study.trial(study.champion)) if study.champion else {}
         tags = {
             "autoglm.verdict": study.verdict.kind,
             "autoglm.champion": study.champion or "",
@@ -344,88 +345,9 @@ def _check_sqlite(path: Path) -> None:
         ) from error
 
 
-def _trial_params(trial: Trial) -> dict[str, Any]:
-    candidate = trial.candidate
-    facts = {
-        name: getattr(candidate, name) for name in ("id", "engine", "device", "precision", "weight_bits")
-    }
-    return facts | {f"knob.{name}": value for name, value in candidate.knobs.items()}
-
-
-def _trial_metrics(trial: Trial) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for name, metric in trial.metrics.items():
-        low, high = metric.interval
-        figures |= {
-            name: metric.median,
-            **{f"{name}_{p}": getattr(metric, p) for p in ("p90", "p95", "p99")},
-            f"{name}_low": low,
-            f"{name}_high": high,
-            f"{name}_samples": metric.samples,
-        }
-    if quality := trial.quality:
-        figures["quality_ratio"] = quality.ratio
-        for path in ("prefill", "decode"):
-            scores = getattr(quality, path)
-            for score in ("ratio", "perplexity", "kl_divergence", "top1_agreement"):
-                figures[f"quality_{path}_{score}"] = getattr(scores, score)
-    return figures | _screening_metrics(trial) | _round_counts(trial)
-
-
-def _screening_metrics(trial: Trial) -> dict[str, float]:
-    """Rough times under names of their own, so that nobody ranks by them what was timed."""
-    if trial.screening is None:
-        return {}
-    screening, footprint = trial.screening, trial.screening.footprint
-    figures = {
-        "estimated_e2e_ms": screening.estimated_e2e_ms,
-        "load_ms": screening.load_ms,
-        "first_request_ms": screening.first_request_ms,
-        **footprint.model_dump(exclude_none=True),
-    }
-    return {f"screening_{name}": float(value) for name, value in figures.items()}
-
-
-def _round_counts(trial: Trial) -> dict[str, float]:
-    taken = trial.measurements
-    if taken is None:
-        return {}
-    return {
-        "rounds": len(taken.counted),
-        "rounds_repeated": taken.repeated_rounds,
-        "rounds_disturbed": taken.noisy_rounds,
-    }
-
-
-def _trial_tags(trial: Trial) -> dict[str, str]:
-    weak = [f"{name}: {' '.join(m.indicative)}" for name, m in trial.metrics.items() if m.indicative]
-    fall = trial.fall
-    return {
-        "autoglm.status": trial.status,
-        "autoglm.reason": trial.reason,
-        "autoglm.engine": trial.engine,
-        "autoglm.feasible": str(trial.feasible).lower(),
-        "autoglm.stage": _stage(trial),
-        "autoglm.fall": f"{fall.stage}: {fall.reason}" if fall else "",
-        "autoglm.indicative": "; ".join(weak),
-        "autoglm.reused": " ".join(trial.reused),
-        "autoglm.reproduce": trial.capsule.command if trial.capsule else "",
-        "mlflow.note.content": f"{trial.status}: {trial.reason}",
-    }
-
-
-def _stage(trial: Trial) -> str:
-    """The last stage it took part in."""
-    if trial.finalist:
-        return "final"
-    if trial.metrics:
-        return "race"
-    return "screening" if trial.screening else "export" if trial.exported else "plan"
-
-
 def _version_tags(study: Study, bundle: Bundle) -> dict[str, str]:
     trial = study.trial(study.champion or "")
-    figures = _trial_metrics(trial)
+    figures = trial_metrics(trial)
     tags = {
         _DIGEST: bundle.digest,
         _STUDY: study.id,

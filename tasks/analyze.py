@@ -35,8 +35,8 @@ def propose(analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
 
 @task
 def refine(generations: list[list[Trial]], analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
-    """What to screen after ``generations``: the neighbours of the best so far in their engines' search spaces,
-    at last what helped combined; none when the search is over."""
+    """What to screen after ``generations``: neighbours of the best so far in their engines' search spaces, at
+    last what helped combined; none when the search is over."""
     found = search.next_generation(generations, analysis, spec)
     if found:
         announce(f"search: {len(found)} neighbours of the best so far: {', '.join(c.id for c in found)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import task
 
-from open_autoglm.bracket import after_screening, final_contest, race_contest, recall
+from open_autoglm.bracket import after_evaluation, after_screening, final_contest, race_contest, recall
 from open_autoglm.conclusion import Standings
 from open_autoglm.files import write_atomic
 from open_autoglm.heats import run_stage
@@ -61,8 +61,8 @@ def race(bench: Bench, standings: Standings) -> Standings:
 @task
 def final(bench: Bench, standings: Standings, judged: list[Trial]) -> Standings:
     """Interleaved rounds of the finalists, the baseline, the incumbent, and a twin of the best."""
-    standings = standings.model_copy(update={"trials": tuple(judged)})
-    contest = final_contest(judged, bench.spec)
+    standings = standings.model_copy(update={"trials": tuple(after_evaluation(judged, bench.spec))})
+    contest = final_contest(standings.trials, bench.spec)
     if contest is not None:
         announce(f"final: {', '.join(contest.contestants)}")
         run, held = run_stage(bench, "final", contest, Settings())

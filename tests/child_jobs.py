@@ -28,6 +28,20 @@ def answers(order: Order) -> Answer:
     return Answer(text=order.text, pid=os.getpid())
 
 
+_told: list[str] = []
+
+
+def remembers(order: Order) -> Answer:
+    """Everything it was told so far, in one word: what a session is to the jobs that use it."""
+    _told.append(order.text)
+    return Answer(text="".join(_told), pid=os.getpid())
+
+
+def tells_its_cores(_order: Order) -> Answer:
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    return Answer(text=cores, pid=os.getpid())
+
+
 def answers_at_length(order: Order) -> Answer:
     """More than a pipe holds."""
     return Answer(text=order.text * 1_000_000, pid=os.getpid())

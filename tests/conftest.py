@@ -45,6 +45,12 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home")
 
 
+@pytest.fixture(scope="session")
+def shared_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a home that tests share, so that an export or a reference is made once for all of them."""
+    return Settings(home=tmp_path_factory.mktemp("shared") / "home")
+
+
 @pytest.fixture
 def fake_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Candidate]]:
     """The third-party engine in ``tests/plugin``, discovered here and in children; makes its candidates."""

@@ -1,7 +1,4 @@
-"""The trials of the made-up studies: four finalists, and those that left earlier.
-
-The figures of the trials are the product's own work on made-up rounds; so is the noise floor.
-"""
+"""The trials of the made-up studies: the product's own figures of made-up rounds."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from child_jobs import Answer, Order
 
-from open_autoglm.measure.isolation import Failure, run_isolated
+from open_autoglm.measure.isolation import Child, Failure, run_isolated
 
 TESTS = str(Path(__file__).parent)
 
@@ -36,6 +36,14 @@ def run(
         memory_limit_bytes=memory_limit_bytes,
         environment={"PYTHONPATH": TESTS, **(environment or {})},
     )
+
+
+def ask(child: Child, job: str, text: str = "", timeout_s: float = 60) -> Answer | Failure:
+    return child.ask(f"child_jobs:{job}", Order(text=text), Answer, timeout_s)
+
+
+def begin(log: Path, *, cpus: tuple[int, ...] = ()) -> Child:
+    return Child(log, environment={"PYTHONPATH": TESTS}, cpus=cpus)
 
 
 @pytest.fixture
@@ -176,21 +184,92 @@ def test_a_child_killed_from_outside_is_told_as_such(log: Path, tmp_path: Path) 
     assert wait_until_gone(wait_for(tmp_path / "pids")) == []
 
 
+# ── a conversation ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_child_answers_one_job_after_another_and_keeps_its_state(log: Path) -> None:
+    """A session that one job opens is there for the next, in the same process."""
+    with begin(log) as child:
+        answers = [ask(child, "remembers", letter) for letter in "abc"]
+        other = ask(child, "answers", "another job")
+    told = [answer.text for answer in answers if isinstance(answer, Answer)]
+    assert told == ["a", "ab", "abc"]
+    assert isinstance(other, Answer)
+    assert {answer.pid for answer in answers if isinstance(answer, Answer)} == {other.pid}
+    assert gone(other.pid)
+
+
+def test_what_a_child_prints_between_jobs_does_not_shift_its_answers(log: Path) -> None:
+    """The next answer is that of the next job, however much a runtime talks."""
+    with begin(log) as child:
+        for word in ("one", "two"):
+            answer = ask(child, "prints_garbage", word)
+            assert isinstance(answer, Answer)
+            assert answer.text == word
+
+
+@pytest.mark.parametrize("fatal", ["segfaults", "raises", "leaves_without_a_word"])
+def test_a_child_that_failed_stays_failed(log: Path, fatal: str) -> None:
+    """What it says first is what it says from then on: nothing is asked of a dead process."""
+    with begin(log) as child:
+        assert isinstance(ask(child, "answers"), Answer)
+        failure = ask(child, fatal)
+        assert isinstance(failure, Failure)
+        assert ask(child, "answers") == failure
+
+
+def test_the_time_limit_of_one_child_leaves_the_others_alone(tmp_path: Path) -> None:
+    """Whoever hangs is killed with what it started; its neighbour goes on with its state."""
+    with begin(tmp_path / "a.log") as hanging, begin(tmp_path / "b.log") as working:
+        assert isinstance(ask(working, "remembers", "a"), Answer)
+        failure = ask(hanging, "hangs", str(tmp_path / "pids"), timeout_s=3)
+        assert failure == Failure("timed_out", "gave no answer within 3 s and was killed")
+        assert wait_until_gone(wait_for(tmp_path / "pids")) == []
+        assert ask(hanging, "answers") == failure
+        answer = ask(working, "remembers", "b")
+        assert isinstance(answer, Answer)
+        assert answer.text == "ab"
+
+
+def test_a_closed_child_is_gone_and_says_so(log: Path) -> None:
+    """Closing it twice does no harm."""
+    child = begin(log)
+    answer = ask(child, "answers")
+    assert isinstance(answer, Answer)
+    child.close()
+    child.close()
+    assert gone(answer.pid)
+    assert ask(child, "answers") == Failure("failed", "was closed")
+
+
+def test_a_child_runs_on_the_cores_it_is_given(log: Path) -> None:
+    """One of ours, or all of them if nothing is said."""
+    ours = sorted(os.sched_getaffinity(0))
+    with begin(log, cpus=(ours[-1],)) as child:
+        answer = ask(child, "tells_its_cores")
+    assert isinstance(answer, Answer)
+    assert answer.text == str(ours[-1])
+    everywhere = run("tells_its_cores", log)
+    assert isinstance(everywhere, Answer)
+    assert everywhere.text == ",".join(map(str, ours))
+
+
 # ── nothing stays ────────────────────────────────────────────────────────────────────────────────
 
 PARENT = """
 import signal, sys, threading
 from pathlib import Path
 from child_jobs import Answer, Order
-from open_autoglm.measure.isolation import Interrupted, run_isolated, stop_children
+from open_autoglm.measure.isolation import Child, Interrupted, run_isolated, stop_children
 
 signal.signal(signal.SIGTERM, lambda *_: stop_children())
 outcome = []
 
 def work():
     try:
-        order, log = Order(text=sys.argv[1]), Path(sys.argv[2])
-        run_isolated("child_jobs:hangs", order, Answer, log=log, timeout_s=600)
+        with Child(Path(sys.argv[2])) as child:
+            child.ask("child_jobs:answers", Order(), Answer, 60)  # it has a past
+            child.ask("child_jobs:hangs", Order(text=sys.argv[1]), Answer, 600)
     except Interrupted:
         outcome.append("interrupted")
 
@@ -208,7 +287,7 @@ print(*outcome)
 
 @pytest.fixture
 def parent(tmp_path: Path, log: Path) -> subprocess.Popen[str]:
-    """A process that runs a job without end in a thread, as the flow does."""
+    """A process that converses with a child in a thread, as the flow does; its second job has no end."""
     return subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path / "pids"), str(log)],
         env={**os.environ, "PYTHONPATH": TESTS},
@@ -224,6 +303,27 @@ def test_a_killed_parent_leaves_no_child(parent: subprocess.Popen[str], tmp_path
     parent.communicate()
     assert wait_until_gone([child]) == []
     os.kill(grandchild, signal.SIGKILL)  # an engine's own helpers must watch their parent themselves
+
+
+IDLE_PARENT = """
+import os, signal, sys
+from pathlib import Path
+from child_jobs import Answer, Order
+from open_autoglm.measure.isolation import Child
+
+child = Child(Path(sys.argv[1]))
+print(child.ask("child_jobs:answers", Order(), Answer, 60).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_parent_leaves_no_idle_child(log: Path) -> None:
+    """One that waits for its next round ends with its parent as well."""
+    environment = {**os.environ, "PYTHONPATH": TESTS}
+    command = [sys.executable, "-c", IDLE_PARENT, str(log)]
+    parent = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    assert wait_until_gone([int(parent.stdout)]) == []
 
 
 def test_stopping_the_children_ends_them_and_starts_no_more(

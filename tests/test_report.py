@@ -1,4 +1,4 @@
-"""The report page, its figures, and the words they share with the terminal."""
+"""The report page and its figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from studies import (
 from open_autoglm import figures, readout
 from open_autoglm.measure.statistics import P95_SAMPLES, summarise
 from open_autoglm.report import comparison, render_report, write_report
-from open_autoglm.schemas import Incumbent, Miss, Study, Trial
+from open_autoglm.schemas import Incumbent, Study
 from open_autoglm.study import load_study, save_study
 
 STUDIES = [demo_study, tied_study, doubtful_study, infeasible_study, blocked_study, planned_study]
@@ -104,7 +104,7 @@ def test_the_answer_comes_first() -> None:
     text = Page(html_of(demo_study)).text
     answer, rest = text.split("Before and after", maxsplit=1)
     assert f"Champion: {CHAMPION}" in answer
-    assert "best time to the last token of 3 finalists" in answer
+    assert all(reason in answer for reason in demo_study().verdict.reasons)
     assert 'mlflow.pyfunc.load_model("models:/demo-glm@champion")' in answer
     assert BASELINE in rest
 
@@ -119,7 +119,7 @@ def test_every_candidate_is_listed_with_its_reason() -> None:
         "quality kept 62.6 %",
         "ended with SIGSEGV",
         "/dev/nvidia0 does not exist",
-        "E2E 49.7% more",
+        "meets every limit; ",
     ):
         assert words in table
 
@@ -157,14 +157,14 @@ def test_a_tie_keeps_the_incumbent_and_says_so() -> None:
     """The headline names what stays, and the reason has the interval."""
     answer = Page(html_of(tied_study)).text.split("Before and after")[0]
     assert f"Tie, keep the incumbent: {RIVAL}" in answer
-    assert "10 paired rounds): no improvement beyond the noise of this host" in answer
+    assert all(reason in answer for reason in tied_study().verdict.reasons)
 
 
 def test_insufficient_evidence_says_what_it_would_take() -> None:
     """Who may be best, why that is not shown, and what to do about it."""
     answer = Page(html_of(doubtful_study)).text.split("Every candidate")[0]
     assert f"Insufficient evidence: {CHAMPION} may be best" in answer
-    assert "more rounds (--rounds, --timing-budget-s)" in answer
+    assert "--rounds" in answer
 
 
 def test_hostile_text_stays_text() -> None:
@@ -316,79 +316,6 @@ def test_a_missing_baseline_is_told_and_not_compared() -> None:
     assert comparison(study) == []
     assert any(line.startswith("The hand-tuned baseline") for line in readout.caveats(study))
     assert "Before and after" not in page(study).text
-
-
-# ── words ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (1245.3, "1,245"),
-        (81.04, "81.0"),
-        (8.919, "8.92"),
-        (0.01234, "0.0123"),
-        (0, "0"),
-        (1e9, "1,000,000,000"),
-    ],
-)
-def test_numbers_have_three_digits_and_no_exponent(value: float, shown: str) -> None:
-    """Figures are as precise as the measurement is worth."""
-    assert readout.number(value) == shown
-
-
-def engine(seconds: list[float], name: str = "ttft_ms") -> Trial:
-    trial = demo_study().trials[0]
-    return trial.model_copy(update={"metrics": {name: summarise(seconds, "ms")}, "measurements": None})
-
-
-def test_finalists_are_compared_by_their_pairs() -> None:
-    """Noise that both share cancels, so the interval is narrower than that of the medians alone."""
-    study = demo_study()
-    ours, theirs = study.trial("onnxruntime-fp32"), study.trial(CHAMPION)
-    paired = readout.compare("tokens_per_s", ours, theirs)
-    lost = [trial.model_copy(update={"measurements": None}) for trial in (ours, theirs)]
-    medians = readout.compare("tokens_per_s", *lost)
-    assert paired is not None
-    assert medians is not None
-    assert (paired.pairs, medians.pairs) == (10, 0)
-    assert paired.high - paired.low < 0.6 * (medians.high - medians.low)
-    assert readout.ratio_words("tokens_per_s", paired) == "1.96× slower"
-
-
-def test_a_comparison_tells_the_direction_and_its_interval() -> None:
-    """Half the time is 2× faster; the interval holds the ratio and is wider than either median's alone."""
-    fast, slow = engine([48, 49, 50, 50, 51, 52]), engine([97, 99, 100, 100, 101, 103])
-    ratio = readout.compare("ttft_ms", fast, slow)
-    assert ratio is not None
-    assert readout.ratio_words("ttft_ms", ratio) == "2.00× faster"
-    assert ratio.low < 100 / 52 < 2 < 100 / 48 < ratio.high
-    back = readout.compare("ttft_ms", slow, fast)
-    assert back is not None
-    assert readout.ratio_words("ttft_ms", back) == "2.00× slower"
-    assert readout.ratio_interval(back) == readout.ratio_interval(ratio)
-
-
-def test_overlapping_engines_are_not_told_apart() -> None:
-    """A ratio whose interval holds 1 is no difference."""
-    ratio = readout.compare(
-        "ttft_ms", engine([90, 95, 100, 105, 110, 99]), engine([92, 96, 103, 104, 111, 98])
-    )
-    assert ratio is not None
-    assert readout.ratio_words("ttft_ms", ratio) == "no clear difference"
-
-
-def test_a_comparison_needs_the_metric_on_both_sides() -> None:
-    """Nothing is compared with what was not measured."""
-    assert readout.compare("tpot_ms", engine([1.0, 2.0]), engine([1.0, 2.0])) is None
-
-
-def test_a_miss_is_told_in_the_units_people_use() -> None:
-    """Memory is in MiB, quality in percent."""
-    memory = Miss(limit="max_memory", allowed=2**30, measured=1.5 * 2**30, unit="bytes", decided_by="")
-    quality = Miss(limit="min_quality", allowed=0.99, measured=0.9801, unit="", decided_by="decode path")
-    assert readout.miss_words(memory) == "peak memory 1,536 MiB, limit 1,024 MiB, 50.0 % beyond"
-    assert readout.miss_words(quality) == "quality kept 98.0 %, limit 99.0 %, 1.0 % beyond"
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────

@@ -6,13 +6,39 @@ from typing import Any
 
 import numpy as np
 import pytest
+from demo_trials import demo_races, demo_round, demo_workload, with_incumbent
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import BASELINE, CHAMPION, SHAPES, crashed_trial, demo_trials, measured_trial, vetoed_trials
+from studies import (
+    BASELINE,
+    CHAMPION,
+    FINALISTS,
+    RIVAL,
+    SHAPES,
+    crashed_trial,
+    demo_trials,
+    measured_trial,
+    vetoed_trials,
+)
 
+from open_autoglm.measure.comparison import compare, noise_floor
+from open_autoglm.measure.racing import TWIN_SUFFIX
+from open_autoglm.measure.scenarios import metrics_of
 from open_autoglm.measure.statistics import P95_SAMPLES, summarise
-from open_autoglm.schemas import Miss, OptimizeSpec, Trial
-from open_autoglm.selection import choose, excess, misses, pareto_front
+from open_autoglm.schemas import Fall, Miss, NoiseFloor, OptimizeSpec, Round, Trial
+from open_autoglm.selection import (
+    GOALS,
+    Goal,
+    change_words,
+    choose,
+    duel,
+    excess,
+    final_of,
+    goal_of,
+    misses,
+    pareto_front,
+    unclear,
+)
 from open_autoglm.units import ByteSize, Duration
 
 
@@ -29,23 +55,50 @@ def trial(
     kept: tuple[float, float] = (1, 1),
     rounds: int = 10,
     slowest_ttft_ms: float | None = None,
+    own_noise: float = 0.0,
     baseline: bool = False,
+    incumbent: bool = False,
 ) -> Trial:
-    """A timed and judged trial: rounds within 1 % of the medians; one prefill in ten may be slow."""
+    """A finalist: rounds within 1 % of the medians, the host's part the same for all candidates.
+
+    One prefill in ten may be slow; ``own_noise`` is by how much only this one is now slower, now quicker.
+    """
     measured = measured_trial(SHAPES[0]._replace(id=name, kept=kept))
-    around = np.linspace(0.99, 1.01, rounds)
+    assert measured.measurements is not None
+    assert measured.screening is not None
+    around = np.linspace(0.99, 1.01, rounds) * np.exp(own_noise * np.resize([1, -1], rounds))
     ttft = around * ttft_ms
     if slowest_ttft_ms is not None:
         ttft[::10] = slowest_ttft_ms
-    metrics = {
-        "ttft_ms": summarise(list(ttft), "ms"),
-        "tpot_ms": summarise(list(around * tpot_ms), "ms"),
-        "e2e_ms": summarise(list(around * (ttft_ms + 63 * tpot_ms)), "ms"),
-        "tokens_per_s": summarise(list(1000 / (around * tpot_ms)), "tokens/s"),
-        "peak_rss_bytes": summarise([rss], "bytes"),
-    }
-    candidate = measured.candidate.model_copy(update={"reference": False, "baseline": baseline})
-    return measured.model_copy(update={"metrics": metrics, "candidate": candidate})
+    pairs = zip(ttft.tolist(), (around * tpot_ms).tolist(), strict=True)
+    taken = tuple(demo_round(index, *times) for index, times in enumerate(pairs))
+    metrics = {**metrics_of(demo_workload(), taken), "peak_rss_bytes": summarise([rss], "bytes")}
+    footprint = measured.screening.footprint.model_copy(update={"peak_rss_bytes": int(rss)})
+    marks = {"reference": False, "baseline": baseline, "incumbent": incumbent}
+    return measured.model_copy(
+        update={
+            "metrics": metrics,
+            "measurements": measured.measurements.model_copy(update={"metrics": metrics, "rounds": taken}),
+            "screening": measured.screening.model_copy(update={"footprint": footprint}),
+            "candidate": measured.candidate.model_copy(update=marks),
+        }
+    )
+
+
+def screened_only(name: str, *, e2e_ms: float = 700, **figures: Any) -> Trial:
+    """One that left after the screening, with what was found out until then."""
+    timed = trial(name, **figures)
+    assert timed.screening is not None
+    left = {"status": "stopped", "fall": Fall(stage="screening", reason="too slow"), "finalist": False}
+    screening = timed.screening.model_copy(update={"estimated_e2e_ms": e2e_ms})
+    rough = {"screening": screening, "metrics": {}, "measurements": None, "reason": "screening: too slow"}
+    return timed.model_copy(update=left | rough)
+
+
+def noise_of(floor: float) -> NoiseFloor:
+    """An A/A run that found this host to differ from itself by so much."""
+    exact = compare("a" + TWIN_SUFFIX, "a", "e2e_ms", [100.0, 101.0, 102.0], [100.0, 101.0, 102.0])
+    return noise_floor(exact).model_copy(update={"floor": floor})
 
 
 def limits_missed(of: Trial, request: OptimizeSpec) -> list[str]:
@@ -155,6 +208,17 @@ def test_failed_and_vetoed_trials_keep_their_reasons_and_come_last() -> None:
     assert {t.id: t.reason for t in choice.trials[2:]} == kept
 
 
+def test_who_came_further_in_the_race_ranks_before_who_left_early() -> None:
+    """Behind the finalists and before the failed, the latest to leave first."""
+    late, early = (
+        screened_only(name).model_copy(update={"fall": Fall(stage="race", heat=heat, reason="slower")})
+        for name, heat in (("late", 7), ("early", 3))
+    )
+    order = [crashed_trial(), screened_only("first"), early, late, trial("good")]
+    ranked = [t.id for t in choose(order, spec()).trials]
+    assert ranked == ["good", "late", "early", "first", crashed_trial().id]
+
+
 def test_a_trial_that_was_timed_but_not_judged_cannot_win() -> None:
     """Correct before fast: without a quality report speed counts for nothing."""
     unjudged = trial("unjudged", tpot_ms=1).model_copy(update={"quality": None})
@@ -163,34 +227,276 @@ def test_a_trial_that_was_timed_but_not_judged_cannot_win() -> None:
     assert not choice.trials[-1].feasible
 
 
-def test_near_ties_are_told() -> None:
-    """Overlapping intervals are not told apart: the verdict and the loser's reason both say so."""
-    choice = choose([trial("a", tpot_ms=10), trial("b", tpot_ms=10.01)], spec())
-    assert any("b is so close" in reason for reason in choice.verdict.reasons)
-    assert "overlap" in choice.trials[1].reason
+def test_who_is_not_told_apart_is_told() -> None:
+    """The verdict and the loser's reason both say that the champion is not shown to be better."""
+    choice = choose([trial("a"), trial("b", own_noise=0.02, tpot_ms=10.01)], spec())
+    assert choice.champion == "a"
+    assert any(reason == "not told apart from it: b" for reason in choice.verdict.reasons)
+    assert "not told apart from a" in choice.trials[1].reason
 
 
 def test_clear_winners_are_not_called_ties() -> None:
-    """Twice the time is told as twice the time."""
+    """Twice the time is told as twice the time, with its interval and its pairs."""
     choice = choose([trial("a", ttft_ms=70, tpot_ms=10), trial("b", ttft_ms=140, tpot_ms=20)], spec())
-    assert not any("close" in reason for reason in choice.verdict.reasons)
-    assert "2.00× more than the champion's" in choice.trials[1].reason
+    assert not any("not told apart" in reason for reason in choice.verdict.reasons)
+    assert "E2E 100.0% more (95 % interval +100.0% to +100.0%, 10 paired rounds)" in choice.trials[1].reason
 
 
 def test_the_champion_is_compared_with_the_hand_tuned_baseline() -> None:
     """The number a reader wants first: what the search was good for."""
-    choice = choose([trial("a", ttft_ms=50, tpot_ms=5), trial("hand", baseline=True)], spec())
+    hand = trial("hand", baseline=True, rss=2**31)
+    choice = choose([trial("a", ttft_ms=50, tpot_ms=20), hand], spec(objective="ttft"))
     told = next(reason for reason in choice.verdict.reasons if "hand-tuned" in reason)
-    assert "TTFT 2.00× faster; decode 2.00× faster; memory no clear difference" in told
+    assert "paired: TTFT 2.00× faster; decode 2.00× slower; memory 2.00× less" in told
+
+
+def test_no_claim_is_made_against_the_baseline_without_evidence() -> None:
+    """A quicker median is no difference if the pairs do not show one."""
+    hand = trial("hand", baseline=True, own_noise=0.05)
+    choice = choose([trial("a", ttft_ms=99), hand], spec(objective="ttft"))
+    told = next(reason for reason in choice.verdict.reasons if "hand-tuned" in reason)
+    assert "TTFT no clear difference" in told
 
 
 def test_the_demo_study_has_its_known_champion() -> None:
-    """On figures as measured of the demo GLM: the 8-bit weights win, dynamic int8 and int4 lose too much."""
-    choice = choose(demo_trials(), spec(min_quality=0.99))
+    """On figures as measured of the demo GLM: the 8-bit weights win, and the reasons say how sure that is."""
+    final = final_of(demo_races(noise_of(0.02)))
+    assert final is not None
+    choice = choose(demo_trials(), spec(min_quality=0.99), final.noise)
     assert choice.champion == CHAMPION
-    infeasible = {t.id for t in choice.trials if t.status == "ok" and not t.feasible}
-    assert infeasible == {"onnxruntime-int8-dynamic", "onnxruntime-int4-b32"}
+    assert [t.id for t in choice.trials[: len(FINALISTS)]] == [CHAMPION, RIVAL, "onnxruntime-fp32", BASELINE]
     assert any(BASELINE in reason for reason in choice.verdict.reasons)
+    assert any("noise floor of this host: 2.0%" in reason for reason in choice.verdict.reasons)
+
+
+def test_every_other_finalist_is_compared_with_the_champion() -> None:
+    """In pairs, whether it meets the limits or not; who left before the final is not."""
+    others = [trial("slow", tpot_ms=20), trial("lossy", tpot_ms=1, kept=(0.1, 1)), screened_only("early")]
+    choice = choose([trial("best"), *others], spec())
+    assert {(c.candidate, c.against) for c in choice.comparisons} == {("slow", "best"), ("lossy", "best")}
+    assert {c.candidate: c.change < 0 for c in choice.comparisons} == {"slow": False, "lossy": True}
+
+
+# ── by which figure ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_offline_throughput_counts_prefill_too() -> None:
+    """Tokens per second of whole batches, where `throughput` elsewhere is that of decoding."""
+    assert goal_of(spec(objective="throughput")).metric == "tokens_per_s"
+    assert goal_of(spec(objective="throughput", scenario="offline")).metric == "throughput_tokens_per_s"
+    assert goal_of(spec(objective="latency", scenario="offline")) == GOALS["latency"]
+
+
+@pytest.mark.parametrize(("rounds", "champion"), [(10, "spiky"), (P95_SAMPLES, "even")])
+def test_a_p95_decides_if_enough_samples_stand_behind_it(rounds: int, champion: str) -> None:
+    """With ten samples the median decides, and the slow tenth is not seen; with ninety it loses."""
+    field = [
+        trial("spiky", ttft_ms=90, slowest_ttft_ms=500, rounds=rounds),
+        trial("even", ttft_ms=100, rounds=rounds),
+    ]
+    choice = choose(field, spec(objective="ttft_p95"))
+    assert choice.champion == champion
+    decided = "p95" if rounds == P95_SAMPLES else "median"
+    assert f": {decided} " in choice.verdict.reasons[0]
+
+
+def test_a_p95_is_compared_by_its_own_pairs() -> None:
+    """With enough samples the change is that of the p95, not of the median."""
+    spiky = trial("spiky", ttft_ms=100, slowest_ttft_ms=500, rounds=P95_SAMPLES)
+    even = trial("even", ttft_ms=100, rounds=P95_SAMPLES)
+    compared = duel(spiky, even, GOALS["ttft_p95"])
+    assert compared is not None
+    assert compared.change > 3
+    few = duel(
+        *(t.model_copy(update={"metrics": trial("a").metrics}) for t in (spiky, even)), GOALS["ttft_p95"]
+    )
+    assert few is not None
+    assert abs(few.change) < 0.01
+
+
+def test_memory_is_decided_by_memory_alone() -> None:
+    """Rounds tell nothing about it, so nobody is compared in pairs."""
+    choice = choose([trial("quick", tpot_ms=1), trial("small", rss=2**20)], spec(objective="memory"))
+    assert (choice.champion, choice.comparisons) == ("small", ())
+    assert "the champion's is 1.05 MB" in choice.trials[1].reason or "MiB" in choice.trials[1].reason
+
+
+# ── duels ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def repeated(of: Trial, index: int) -> Trial:
+    """The trial with one round disturbed and run again."""
+    assert of.measurements is not None
+    rounds: list[Round] = list(of.measurements.rounds)
+    rounds.insert(index, demo_round(index, 9000, 900, foreign_cores=1, repeated=True))
+    return of.model_copy(
+        update={"measurements": of.measurements.model_copy(update={"rounds": tuple(rounds)})}
+    )
+
+
+def test_the_rounds_of_one_heat_are_a_pair() -> None:
+    """What slowed both of a pair cancels; a round that was run again is no part of one."""
+    ours, theirs = trial("a", tpot_ms=9, ttft_ms=90), repeated(trial("b"), 3)
+    compared = duel(ours, theirs, GOALS["latency"])
+    assert compared is not None
+    assert (compared.candidate, compared.against, compared.metric) == ("a", "b", "e2e_ms")
+    assert (compared.pairs, compared.confidence) == (10, 0.95)
+    assert compared.change == pytest.approx(-0.1)
+    assert compared.interval == pytest.approx((-0.1, -0.1))
+
+
+def test_a_duel_is_worded_with_its_interval() -> None:
+    """By how much, in which figure, how sure, and over how many pairs."""
+    compared = duel(trial("a", tpot_ms=9, ttft_ms=90), trial("b"), GOALS["latency"], confidence=0.975)
+    assert compared is not None
+    assert change_words(compared) == "E2E 10.0% less (97.5 % interval -10.0% to -10.0%, 10 paired rounds)"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "goal"),
+    [
+        (trial("a"), trial("b", rounds=9), GOALS["latency"]),
+        (trial("a", rounds=2), trial("b", rounds=2), GOALS["latency"]),
+        (trial("a"), screened_only("b"), GOALS["latency"]),
+        (trial("a"), trial("b"), GOALS["memory"]),
+    ],
+    ids=["unequal", "few", "not-timed", "memory"],
+)
+def test_what_cannot_be_paired_is_not_compared(ours: Trial, theirs: Trial, goal: Goal) -> None:
+    """Rather no comparison than a wrong one."""
+    assert duel(ours, theirs, goal) is None
+    assert duel(theirs, ours, goal) is None
+
+
+# ── the incumbent ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_incumbent_that_nobody_beats_is_confirmed() -> None:
+    """It was measured again beside its challengers, and it is the best of them."""
+    choice = choose([trial("served", incumbent=True), trial("slow", tpot_ms=12)], spec())
+    assert (choice.verdict.kind, choice.champion) == ("champion", "served")
+    assert "it is the registered champion, measured again" in choice.verdict.reasons[0]
+
+
+def test_a_challenger_that_is_clearly_better_is_promoted() -> None:
+    """Its interval excludes zero and its gain exceeds the noise floor; both are told."""
+    field = [trial("served", incumbent=True), trial("new", tpot_ms=9, ttft_ms=90)]
+    choice = choose(field, spec(), noise_of(0.03))
+    assert (choice.verdict.kind, choice.champion) == ("champion", "new")
+    assert choice.verdict.reasons[0].startswith("against the registered champion served: E2E 10.0% less")
+
+
+def test_the_more_challenge_the_surer_each_must_be() -> None:
+    """Four tries at 95 % would promote by chance four times as often as one (Bonferroni)."""
+    field = [trial("served", incumbent=True)] + [trial(f"new{n}", tpot_ms=9 + n / 10) for n in range(4)]
+    assert "(98.75 % interval" in choose(field, spec()).verdict.reasons[0]
+
+
+def test_a_gain_below_the_noise_of_the_host_keeps_the_incumbent() -> None:
+    """Two processes of one candidate differ by more than that."""
+    field = [trial("served", incumbent=True), trial("new", tpot_ms=9.7, ttft_ms=97)]
+    choice = choose(field, spec(), noise_of(0.04))
+    assert (choice.verdict.kind, choice.champion, choice.verdict.nearest) == ("tie", "served", "new")
+    assert "so the champion stays" in choice.verdict.reasons[0]
+    assert choice.trials[1].id == "served"
+    assert choice.trials[1].reason == "stays champion"
+    assert [c.against for c in choice.comparisons] == ["served"]
+
+
+def test_a_gain_that_nobody_would_notice_keeps_the_incumbent() -> None:
+    """Not told from zero, and certainly smaller than the width that was asked for."""
+    field = [trial("served", incumbent=True, own_noise=0.005), trial("new", tpot_ms=9.95, ttft_ms=99.5)]
+    choice = choose(field, spec(), noise_of(0.001))
+    assert (choice.verdict.kind, choice.champion) == ("tie", "served")
+
+
+def test_a_wide_interval_is_no_answer() -> None:
+    """It may be better by a lot or not at all: the verdict says how many rounds would tell."""
+    field = [trial("served", incumbent=True), trial("new", tpot_ms=9, ttft_ms=90, own_noise=0.4)]
+    choice = choose(field, spec())
+    assert (choice.verdict.kind, choice.champion) == ("insufficient_evidence", None)
+    assert choice.verdict.nearest == "new"
+    assert "rounds would tell (--rounds, --timing-budget-s)" in choice.verdict.reasons[0]
+
+
+def test_a_clear_gain_on_a_loud_host_is_no_answer_either() -> None:
+    """Two processes of one candidate differ by more than the gain: more rounds would not help."""
+    field = [trial("served", incumbent=True), trial("new", tpot_ms=9, ttft_ms=90)]
+    choice = choose(field, spec(), noise_of(0.2))
+    assert (choice.verdict.kind, choice.champion) == ("insufficient_evidence", None)
+    assert "differ by up to 20.0%: a quieter host would tell" in choice.verdict.reasons[1]
+
+
+def test_without_rounds_in_common_nothing_is_promoted() -> None:
+    """A comparison that was not paired is none."""
+    field = [trial("served", incumbent=True, rounds=9), trial("new", tpot_ms=5)]
+    choice = choose(field, spec())
+    assert (choice.verdict.kind, choice.champion) == ("insufficient_evidence", None)
+    assert "have no rounds in common" in choice.verdict.reasons[0]
+
+
+def test_an_incumbent_that_misses_a_limit_is_replaced_by_whoever_meets_it() -> None:
+    """However fast it is: the limits are those of today."""
+    field = [trial("served", tpot_ms=5, rss=2**31, incumbent=True), trial("new")]
+    choice = choose(field, spec(max_memory=ByteSize("1GiB")))
+    assert (choice.verdict.kind, choice.champion) == ("champion", "new")
+    assert "served no longer will do: it misses max_memory" in choice.verdict.reasons[0]
+
+
+@pytest.mark.parametrize(("rss", "verdict", "champion"), [(0.9, "champion", "new"), (0.99, "tie", "served")])
+def test_memory_replaces_the_incumbent_beyond_its_own_spread(rss: float, verdict: str, champion: str) -> None:
+    """Peak memory differs a little between runs of the same process."""
+    field = [trial("served", incumbent=True), trial("new", rss=rss * 2**30)]
+    choice = choose(field, spec(objective="memory"))
+    assert (choice.verdict.kind, choice.champion) == (verdict, champion)
+    assert "peak memory" in choice.verdict.reasons[0]
+
+
+def test_the_demo_study_keeps_an_incumbent_that_is_as_good() -> None:
+    """Two block sizes of the same weights: no improvement anyone would notice."""
+    choice = choose(with_incumbent(demo_trials(), RIVAL), spec(min_quality=0.99))
+    assert (choice.verdict.kind, choice.champion) == ("tie", RIVAL)
+
+
+# ── evidence for a limit ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_limit_inside_the_interval_is_met_by_nobody_for_sure() -> None:
+    """The median meets it, the interval does not: the verdict asks for more rounds."""
+    near = trial("near", ttft_ms=100)
+    limit = Duration("100.5ms")
+    assert near.metrics["ttft_ms"].interval[1] > 100.5
+    assert limits_missed(near, spec(max_latency=limit)) == []
+    assert "holds the limit 100.5ms" in (unclear(near, spec(max_latency=limit)) or "")
+    choice = choose([near], spec(max_latency=limit))
+    assert (choice.verdict.kind, choice.champion, choice.verdict.nearest) == (
+        "insufficient_evidence",
+        None,
+        "near",
+    )
+    assert "near is best of those that meet every limit, but" in choice.verdict.reasons[0]
+
+
+def test_who_meets_the_limit_beyond_doubt_wins_over_a_quicker_one_that_may_not() -> None:
+    """A champion has to keep its promise tomorrow."""
+    doubtful, sure = trial("doubtful", ttft_ms=100, tpot_ms=5), trial("sure", ttft_ms=80, tpot_ms=10)
+    choice = choose([doubtful, sure], spec(max_latency=Duration("100.5ms")))
+    assert (choice.verdict.kind, choice.champion) == ("champion", "sure")
+
+
+def test_a_p95_that_may_decide_is_its_own_evidence() -> None:
+    """The binomial count behind it is the confidence, so no interval of the median is asked."""
+    many = trial("many", ttft_ms=100, rounds=P95_SAMPLES)
+    limit = spec(max_latency=Duration("101ms"))
+    assert limits_missed(many, limit) == []
+    assert unclear(many, limit) is None
+
+
+@pytest.mark.parametrize(("limit", "doubt"), [("10.05ms", True), ("10.2ms", False)])
+def test_a_limit_on_tpot_is_one_on_its_median(limit: str, doubt: bool) -> None:
+    """Met beyond doubt if the whole interval is below it."""
+    asked = spec(max_tpot=Duration(limit))
+    assert (unclear(trial("a"), asked) is not None) == doubt
 
 
 # ── nothing feasible ─────────────────────────────────────────────────────────────────────────────
@@ -218,6 +524,27 @@ def test_if_nothing_could_be_measured_the_outcomes_are_counted() -> None:
     assert "1 crashed, 2 vetoed" in verdict.reasons[0]
 
 
+def test_if_only_the_screening_was_reached_the_nearest_is_found_there() -> None:
+    """Memory and quality may rule out everybody before anything is timed."""
+    miss = Miss(limit="max_memory", allowed=100, measured=150, unit="bytes", decided_by="peak RSS")
+    near, far = (
+        screened_only(name).model_copy(update={"misses": (miss.model_copy(update={"measured": measured}),)})
+        for name, measured in (("near", 150), ("far", 300))
+    )
+    verdict = choose([far, near, crashed_trial()], spec()).verdict
+    assert (verdict.kind, verdict.nearest) == ("nothing_feasible", "near")
+    assert "50.0% beyond" in verdict.reasons[1]
+
+
+def test_who_ran_to_the_end_is_nearer_than_who_left_early() -> None:
+    """Of the latter only the first miss is known: it may miss more, and by more."""
+    early = screened_only("early", kept=(0.89, 1))
+    miss = Miss(limit="min_quality", allowed=0.9, measured=0.89, unit="", decided_by="prefill path")
+    finalist = trial("finalist", ttft_ms=200)
+    field = [early.model_copy(update={"misses": (miss,)}), finalist]
+    assert choose(field, spec(max_latency=Duration("100ms"))).verdict.nearest == "finalist"
+
+
 def test_a_study_without_candidates_has_an_answer_too() -> None:
     """Engines may propose nothing."""
     assert "none proposed" in choose([], spec()).verdict.reasons[0]
@@ -236,6 +563,17 @@ def test_the_front_holds_who_is_beaten_by_nobody() -> None:
         trial("lossy", tpot_ms=1, kept=(0.2, 1)),
     ]
     assert set(pareto_front(trials)) == {"fast", "small", "lossy"}
+
+
+def test_who_left_early_counts_with_what_was_found_out() -> None:
+    """A small one that was too slow for the race may still be what somebody with little memory wants."""
+    trials = [
+        trial("timed"),
+        screened_only("small", rss=2**20, e2e_ms=9000),
+        screened_only("worse", rss=2**30, e2e_ms=9000),
+        crashed_trial(),
+    ]
+    assert set(pareto_front(trials)) == {"timed", "small"}
 
 
 def test_equals_share_the_front() -> None:

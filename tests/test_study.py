@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import SHAPES, demo_checkpoint, demo_hardware, demo_study, measured_trial
+from studies import SHAPES, crashed_trial, demo_checkpoint, demo_hardware, demo_study, measured_trial
 
 from open_autoglm.errors import StudyError
-from open_autoglm.schemas import Hardware, OptimizeSpec
+from open_autoglm.schemas import Hardware, Measurements, OptimizeSpec, Trial
 from open_autoglm.settings import Settings
 from open_autoglm.study import (
     IDENTITY,
@@ -22,7 +22,6 @@ from open_autoglm.study import (
     check_output,
     latest_study,
     load_study,
-    load_trial,
     open_study,
     save_study,
     save_trial,
@@ -198,33 +197,22 @@ with working_on(read_identity(Path({str(study.root)!r}))):
 # ── its trials ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_kept_trial_comes_back_with_its_raw_samples(study: StudyRef) -> None:
-    """All that was measured, from two files, marked as reused."""
-    trial = measured_trial(SHAPES[0]).model_copy(update={"samples_path": None})
-    kept = save_trial(study, trial)
-    assert kept.samples_path == f"samples/{trial.id}.json"
-    found = load_trial(study, trial.id, max_age_hours=1)
-    assert found is not None
-    assert found == kept.model_copy(update={"reused": True})
-    assert found.measurements == trial.measurements
+def test_a_trial_is_kept_as_far_as_it_got(study: StudyRef) -> None:
+    """What was found out in one file, for whoever looks in; saving it again replaces it."""
+    crashed = save_trial(study, crashed_trial())
+    assert crashed == crashed_trial()
+    assert not study.samples_path(crashed.id).exists()
+    told = save_trial(study, crashed.model_copy(update={"reason": "crashed once more"}))
+    assert Trial.model_validate_json(study.trial_path(crashed.id).read_bytes()) == told
 
 
-def test_an_expired_trial_is_not_found(study: StudyRef) -> None:
-    """Too old to be compared with what is measured now."""
-    trial = save_trial(study, measured_trial(SHAPES[0]))
-    an_hour_ago = time.time() - 3700
-    os.utime(study.trial_path(trial.id), (an_hour_ago, an_hour_ago))
-    assert load_trial(study, trial.id, max_age_hours=1) is None
-    assert load_trial(study, trial.id, max_age_hours=2) is not None
-
-
-def test_a_trial_that_cannot_be_read_is_not_found(study: StudyRef) -> None:
-    """Damaged, of another version, or without its samples: it is measured again."""
-    trial = save_trial(study, measured_trial(SHAPES[0]))
-    (study.root / (trial.samples_path or "")).unlink()
-    assert load_trial(study, trial.id, max_age_hours=1) is None
-    study.trial_path(trial.id).write_text("{")
-    assert load_trial(study, trial.id, max_age_hours=1) is None
+def test_raw_samples_have_a_file_of_their_own(study: StudyRef) -> None:
+    """Every round, repeated ones too, beside the trial that names the file and does not repeat it."""
+    trial = save_trial(study, measured_trial(SHAPES[0]).model_copy(update={"samples_path": None}))
+    assert trial.samples_path == f"samples/{trial.id}.json"
+    stored = Measurements.model_validate_json((study.root / trial.samples_path).read_bytes())
+    assert stored == trial.measurements
+    assert "measurements" not in json.loads(study.trial_path(trial.id).read_text())
 
 
 # ── its result ───────────────────────────────────────────────────────────────────────────────────

@@ -1,163 +1,221 @@
-"""One candidate's way through a study: what is kept is not done again, and what fails says why."""
+"""One candidate's way to the race: exported, looked at, judged; what is kept is not done again, and what
+fails says why."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from studies import SHAPES, demo_analysis, demo_checkpoint, demo_hardware, demo_quality, measured_trial
+from benches import exported_trial, real_candidate, tiny_bench
+from studies import demo_analysis, demo_hardware
 
 from open_autoglm import trials
-from open_autoglm.engines.contract import Logits, Tokens
 from open_autoglm.measure.isolation import Failure
-from open_autoglm.measure.jobs import (
-    LEAST_ROUNDS,
-    IncorrectOutput,
-    MeasureJob,
-    ReferenceDone,
-    ReferenceJob,
-    Round,
-    ScoreJob,
-    run_round,
-    timed_rounds,
-)
-from open_autoglm.quality.reference import EvaluationSet, plan_layout
-from open_autoglm.schemas import Candidate, Measurements, OptimizeSpec, Trial, Workload
+from open_autoglm.measure.workload import make_workload
+from open_autoglm.schemas import Candidate, OptimizeSpec, Trial
 from open_autoglm.settings import Settings
-from open_autoglm.study import load_trial, open_study, save_trial
+from open_autoglm.study import StudyRef
 from open_autoglm.trials import (
+    SHORT_ROUNDS,
     Bench,
+    Stopped,
     begin_trial,
+    child_environment,
+    cores_for,
+    evaluate_trial,
     export_trial,
-    measure_trial,
     prepare_reference,
     reference_candidate,
-    score_trial,
+    screen_trial,
+    short_jobs,
 )
+from open_autoglm.units import Duration
 
-DONE = measured_trial(SHAPES[0])
-TIMED = DONE.model_copy(update={"quality": None})
+NAMES = ("torch-fp32", "onnxruntime-fp32")
+
+
+@pytest.fixture(scope="module")
+def home(shared_settings: Settings) -> Settings:
+    return shared_settings
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_glm: Path, home: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return tiny_bench(tiny_glm, home, tmp_path_factory.mktemp("trials") / "study")
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Bench, home: Settings) -> Path:
+    made = prepare_reference(bench, demo_analysis(), home)
+    assert isinstance(made, Path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def screened(bench: Bench, home: Settings, reference: Path) -> dict[str, Trial]:
+    """A real first look at a real torch and a real ONNX Runtime."""
+    begun = [exported_trial(bench, home, real_candidate(name)) for name in NAMES]
+    return {trial.id: screen_trial(bench, trial, reference, home) for trial in begun}
+
+
+def elsewhere(bench: Bench, tmp_path: Path, **changes: Any) -> Bench:
+    """The same bench in the directory of another study."""
+    study = StudyRef(**{**bench.study.model_dump(), "root": tmp_path / "another"})
+    return bench.model_copy(update={"study": study, **changes})
+
+
+def asking(bench: Bench, **asked: Any) -> Bench:
+    """The bench with other wishes."""
+    return bench.model_copy(update={"spec": bench.spec.model_copy(update=asked)})
 
 
 @pytest.fixture
-def bench(settings: Settings, tmp_path: Path) -> Bench:
-    """What the trials of a study share; the prompts are real, the evaluation texts are never opened."""
-    spec = OptimizeSpec(model_path="here", prompt_tokens=4, output_tokens=3, rounds=3)
-    prompts = tmp_path / "workload.npy"
-    np.save(prompts, np.ones((5, 1, 4), dtype=np.int64))
-    shape = {"batch_size": 1, "prompt_tokens": 4, "output_tokens": 3, "rounds": 3, "seed": 0}
-    layout = plan_layout(context_tokens=128, spec=spec)
-    return Bench(
-        study=open_study(spec, demo_checkpoint(), demo_hardware(), settings, tmp_path / "study"),
-        spec=spec,
-        checkpoint=demo_checkpoint(),
-        hardware=demo_hardware(),
-        workload=Workload(path=prompts, sha256="", corpus="", **shape),
-        evaluation_set=EvaluationSet(
-            path=tmp_path / "none", sha256="texts", texts=("a", "b"), layout=layout, vocab_size=8, seed=0
-        ),
-    )
+def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would start a child fails and says so."""
+
+    def refuse(*_: object) -> None:
+        raise Stopped(Failure("failed", "a child was started"))
+
+    monkeypatch.setattr(trials, "Conversation", refuse)
 
 
-class Children:
-    """Stands in for `run_isolated`: answers in turn, and remembers what it was asked."""
-
-    def __init__(self, *answers: Any) -> None:
-        self.answers = list(answers)
-        self.asked: list[tuple[str, Any, dict[str, Any]]] = []
-
-    def __call__(self, job: str, payload: Any, _answer_type: Any, **how: Any) -> Any:
-        self.asked.append((job.rpartition(":")[2], payload, how))
-        return self.answers.pop(0)
+def kept_results(home: Settings) -> set[str]:
+    return {str(path) for path in (home.home / "results").rglob("*.json")}
 
 
-@pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Children]:
-    def stand_in(*answers: Any) -> Children:
-        made = Children(*answers)
-        monkeypatch.setattr(trials, "run_isolated", made)
-        return made
-
-    return stand_in
+# ── the beginning ────────────────────────────────────────────────────────────────────────────────
 
 
-def kept(bench: Bench, trial_id: str) -> Trial | None:
-    return load_trial(bench.study, trial_id, max_age_hours=1)
-
-
-# ── resuming ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_new_candidate_begins_a_new_trial(bench: Bench, settings: Settings) -> None:
-    """Nothing is known of it and nothing is stored yet."""
-    trial = begin_trial(bench.study, DONE.candidate, settings)
-    assert (trial.id, trial.status, trial.reason) == (DONE.id, "ok", "not run yet")
-    assert kept(bench, DONE.id) is None
-
-
-def test_a_vetoed_candidate_is_kept_with_its_reason(bench: Bench, settings: Settings) -> None:
-    """It goes through export, benchmark and evaluation untouched."""
-    candidate = DONE.candidate.vetoed("no such device here")
-    trial = begin_trial(bench.study, candidate, settings)
+def test_a_vetoed_candidate_is_kept_with_its_reason(bench: Bench, home: Settings) -> None:
+    """It goes through export, screening and evaluation untouched."""
+    candidate = real_candidate("torch-bf16").vetoed("no such device here")
+    trial = begin_trial(bench.study, candidate)
     assert (trial.status, trial.reason) == ("vetoed", "no such device here")
-    assert export_trial(bench.study, bench.checkpoint, trial, settings) == trial
-    assert measure_trial(bench, trial, settings) == trial
-    assert score_trial(bench, trial, Path("reference"), settings) == trial
-    assert kept(bench, DONE.id) == trial.model_copy(update={"reused": True})
+    assert bench.study.trial_path(trial.id).is_file()
+    assert export_trial(bench.study, bench.checkpoint, trial, home) == trial
+    assert screen_trial(bench, trial, Path("reference"), home) == trial
+    assert evaluate_trial(bench, trial, Path("reference"), home) == trial
 
 
-def test_a_finished_trial_is_not_run_again(
-    bench: Bench, settings: Settings, children: Callable[..., Children]
+def test_an_export_that_was_kept_is_told_as_reused(bench: Bench, home: Settings) -> None:
+    """Files are made once; what loads the checkpoint as it is makes none and reuses none."""
+    candidate = real_candidate("onnxruntime-fp32")
+    exported_trial(bench, home, candidate)
+    assert exported_trial(bench, home, candidate).reused == ("export",)
+    assert exported_trial(bench, home, real_candidate("torch-fp32")).reused == ()
+
+
+# ── the screening ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_look_finds_memory_quality_and_short_rounds(name: str, screened: dict[str, Trial]) -> None:
+    """All that the race needs to know of a real engine, and what it ran with."""
+    trial = screened[name]
+    assert (trial.status, trial.reason) == ("ok", "screened")
+    assert trial.screening is not None
+    footprint = trial.screening.footprint
+    assert footprint.peak_rss_bytes >= footprint.peak_pss_bytes > 2**20
+    assert footprint.peak_rss_bytes > footprint.mapped_file_bytes > 0
+    assert trial.screening.load_ms > 0
+    assert trial.screening.first_request_ms > 0
+    assert (trial.screening.prompt_tokens, trial.screening.output_tokens) == (32, 8)
+    assert [turn.index for turn in trial.screening.rounds] == list(range(SHORT_ROUNDS + 1))
+    assert all(turn.output_tokens == (8,) for turn in trial.screening.rounds)
+    assert trial.screening.estimated_e2e_ms > 0
+    assert trial.screening.facts
+
+
+def test_a_slice_shows_that_an_exact_engine_is_exact(screened: dict[str, Trial]) -> None:
+    """One window of each text is enough to see the reference's own perplexity come back."""
+    for trial in screened.values():
+        assert trial.quality is not None
+        assert trial.quality.ratio == pytest.approx(1, abs=1e-4)
+        assert trial.quality.finite
+
+
+def test_a_screened_trial_is_kept_in_its_study(bench: Bench, screened: dict[str, Trial]) -> None:
+    """As far as it got, for whoever looks into the directory while the study runs."""
+    for name, trial in screened.items():
+        assert Trial.model_validate_json(bench.study.trial_path(name).read_bytes()) == trial
+
+
+def test_short_rounds_are_no_longer_than_the_workload(bench: Bench) -> None:
+    """A long request is cut, a short one stays, and the first round only gets used to the shape."""
+    longer = bench.workload.model_copy(update={"prompt_tokens": 4096, "output_tokens": 500})
+    assert {(job.prompt_tokens, job.output_tokens) for job in short_jobs(longer)} == {(128, 16)}
+    assert {(job.prompt_tokens, job.output_tokens) for job in short_jobs(bench.workload)} == {(32, 8)}
+
+
+# ── what is kept ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("no_child")
+def test_another_study_takes_the_first_look_that_was_kept(
+    bench: Bench, home: Settings, reference: Path, screened: dict[str, Trial], tmp_path: Path
 ) -> None:
-    """It comes back with its samples, and no child is started for it."""
-    asked = children().asked
-    save_trial(bench.study, DONE)
-    trial = begin_trial(bench.study, DONE.candidate, settings)
-    assert trial.reused
-    assert trial.measurements == DONE.measurements
-    assert score_trial(bench, measure_trial(bench, trial, settings), Path("r"), settings) == trial
-    assert asked == []
+    """No child is started, the figures are the same to the digit, and the trial says where they are from."""
+    trial = exported_trial(bench, home, real_candidate("onnxruntime-fp32"))
+    again = screen_trial(elsewhere(bench, tmp_path), trial, reference, home)
+    assert again.reused == ("export", "screening")
+    assert again.screening == screened[trial.id].screening
+    assert again.quality == screened[trial.id].quality
 
 
-def test_a_trial_that_was_timed_is_only_judged(
-    bench: Bench, settings: Settings, children: Callable[..., Children]
+@pytest.mark.usefixtures("no_child", "screened")
+@pytest.mark.parametrize(
+    "asked",
+    [{"max_latency": Duration("1ms")}, {"objective": "memory"}, {"rounds": 50}, {"target_width": 0.01}],
+    ids=str,
+)
+def test_a_wish_that_changes_no_figure_keeps_the_first_look(
+    asked: dict[str, Any], bench: Bench, home: Settings, reference: Path, tmp_path: Path
 ) -> None:
-    """A study that was killed between the two goes on between the two."""
-    save_trial(bench.study, TIMED)
-    started = children(demo_quality(SHAPES[0]))
-    trial = measure_trial(bench, begin_trial(bench.study, DONE.candidate, settings), settings)
-    judged = score_trial(bench, trial, Path("reference"), settings)
-    assert [name for name, *_ in started.asked] == ["score_candidate"]
-    assert judged.quality == demo_quality(SHAPES[0])
-    assert judged.metrics == TIMED.metrics
+    """Limits and objectives are about figures; they do not make them."""
+    trial = exported_trial(bench, home, real_candidate("torch-fp32"))
+    again = screen_trial(asking(elsewhere(bench, tmp_path), **asked), trial, reference, home)
+    assert (again.status, again.reused) == ("ok", ("screening",))
 
 
-def test_an_expired_trial_is_measured_again(
-    bench: Bench, settings: Settings, children: Callable[..., Children]
+@pytest.mark.usefixtures("no_child", "screened")
+@pytest.mark.parametrize(
+    "asked", [{"seed": 1}, {"prompt_tokens": 31}, {"output_tokens": 9}, {"batch_size": 2}], ids=str
+)
+def test_other_requests_are_looked_at_anew(
+    asked: dict[str, Any], bench: Bench, home: Settings, reference: Path, tmp_path: Path
 ) -> None:
-    """Yesterday's figures are not compared with today's."""
-    save_trial(bench.study, DONE)
-    two_days_ago = time.time() - 48 * 3600
-    os.utime(bench.study.trial_path(DONE.id), (two_days_ago, two_days_ago))
-    trial = begin_trial(bench.study, DONE.candidate, settings)
-    assert not trial.reused
-    assert trial.metrics == {}
-    started = children(DONE.measurements)
-    trial = trial.model_copy(update={"exported": DONE.exported})
-    assert measure_trial(bench, trial, settings).metrics == DONE.metrics
-    assert [name for name, *_ in started.asked] == ["measure"]
+    """Whatever the engine is asked is part of what it answered."""
+    spec = bench.spec.model_copy(update=asked)
+    workload = make_workload(bench.checkpoint, spec, tmp_path / "workload.npz")
+    changed = elsewhere(bench, tmp_path, spec=spec, workload=workload)
+    trial = exported_trial(bench, home, real_candidate("torch-fp32"))
+    again = screen_trial(changed, trial, reference, home)
+    assert (again.status, again.reason) == ("failed", "screening: a child was started")
 
 
-def test_a_candidate_that_is_proposed_otherwise_is_measured_again(bench: Bench, settings: Settings) -> None:
-    """Another knob under the same name is another candidate."""
-    save_trial(bench.study, DONE)
-    changed = DONE.candidate.model_copy(update={"knobs": {"block_size": 64}})
-    assert not begin_trial(bench.study, changed, settings).reused
+@pytest.mark.usefixtures("no_child", "screened")
+@pytest.mark.parametrize("changed", ["host", "knob", "files", "quality"])
+def test_another_host_or_configuration_is_looked_at_anew(
+    changed: str, bench: Bench, home: Settings, reference: Path, tmp_path: Path
+) -> None:
+    """A change of any one of them changes the figures."""
+    there = elsewhere(bench, tmp_path)
+    trial = exported_trial(bench, home, real_candidate("torch-fp32"))
+    assert trial.exported is not None
+    if changed == "host":
+        there = there.model_copy(update={"hardware": demo_hardware(fingerprint="another")})
+    if changed == "quality":
+        there = asking(there, min_quality=0.9)
+    if changed == "knob":
+        slower = trial.candidate.model_copy(update={"knobs": {**trial.candidate.knobs, "threads": 1}})
+        trial = trial.model_copy(update={"candidate": slower})
+    if changed == "files":
+        other = trial.exported.model_copy(update={"digest": "of other files"})
+        trial = trial.model_copy(update={"exported": other})
+    assert screen_trial(there, trial, reference, home).status == "failed"
 
 
 # ── failing ──────────────────────────────────────────────────────────────────────────────────────
@@ -168,46 +226,90 @@ def test_a_candidate_that_is_proposed_otherwise_is_measured_again(bench: Bench, 
     [
         ({"export": "raises"}, "failed", "export: RuntimeError: no kernel for this model"),
         ({"export": "segfaults"}, "crashed", "export: ended with SIGSEGV"),
-        ({"open": "segfaults"}, "crashed", "benchmark: ended with SIGSEGV"),
+        ({"open": "segfaults"}, "crashed", "screening: ended with SIGSEGV"),
+        ({"open": "raises"}, "failed", "screening: RuntimeError: no kernel for this device"),
+        ({"open": "takes-all-memory"}, "out_of_memory", "screening: ran out of memory (MemoryError: )"),
+        ({"open": "gives-nan"}, "incorrect", "screening: prefill gave logits that are not finite"),
+        ({"open": "hangs"}, "timed_out", "screening: gave no answer within 4 s and was killed"),
     ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
 def test_what_a_real_child_does_wrong_becomes_the_trials_reason(
     knobs: dict[str, str],
     status: str,
     reason: str,
     bench: Bench,
-    settings: Settings,
+    home: Settings,
     fake_engine: Callable[..., Candidate],
 ) -> None:
-    """The stage and what happened, with the log beside it; it is kept and not tried again."""
-    candidate = fake_engine("fake-it", **knobs)
-    trial = begin_trial(bench.study, candidate, settings)
-    trial = export_trial(bench.study, bench.checkpoint, trial, settings)
-    trial = measure_trial(bench, trial, settings)
-    trial = score_trial(bench, trial, Path("reference"), settings)
+    """The stage and what happened, with the log beside it; a failure is not kept for other studies."""
+    kept = kept_results(home)
+    impatient = home.model_copy(update={"trial_timeout_s": 4 if knobs.get("open") == "hangs" else 60})
+    trial = exported_trial(bench, impatient, fake_engine("fake-it", **knobs))
+    trial = screen_trial(bench, trial, Path("reference"), impatient)
     assert (trial.status, trial.reason) == (status, reason)
-    assert trial.metrics == {}
+    assert (trial.screening, trial.quality) == (None, None)
     assert trial.log_path is not None
     assert (bench.study.root / trial.log_path).is_file()
-    again = begin_trial(bench.study, candidate, settings)
-    assert again == trial.model_copy(update={"reused": True})
+    assert evaluate_trial(bench, trial, Path("reference"), impatient) == trial
+    assert Trial.model_validate_json(bench.study.trial_path(trial.id).read_bytes()) == trial
+    assert kept_results(home) == kept
 
 
-def test_logits_that_are_not_finite_are_incorrect(
-    bench: Bench, settings: Settings, children: Callable[..., Children]
+def test_a_candidate_that_failed_is_tried_again(
+    bench: Bench, home: Settings, reference: Path, tmp_path: Path
 ) -> None:
-    """Such a candidate has speed and no answer."""
-    children(demo_quality(SHAPES[0]).model_copy(update={"finite": False}))
-    trial = score_trial(bench, TIMED, Path("reference"), settings)
-    assert (trial.status, trial.reason) == ("incorrect", "quality: gave logits that are not finite")
+    """What a busy host did to it once is not its fault for ever."""
+    lighter = asking(elsewhere(bench, tmp_path), min_quality=0.6)
+    trial = exported_trial(bench, home, real_candidate("onnxruntime-fp32"))
+    hurried = home.model_copy(update={"trial_timeout_s": 0.01})
+    assert screen_trial(lighter, trial, reference, hurried).status == "timed_out"
+    again = screen_trial(lighter, trial, reference, home)
+    assert (again.status, again.reused) == ("ok", ("export",))
 
 
-def test_without_a_reference_nothing_can_be_judged(bench: Bench, settings: Settings) -> None:
+def test_without_a_reference_nothing_is_looked_at(bench: Bench, home: Settings) -> None:
     """Every trial says what became of the reference."""
-    failure = Failure("out_of_memory", "ran out of memory (bad_alloc)")
-    trial = score_trial(bench, TIMED, failure, settings)
-    assert (trial.status, trial.reason) == ("out_of_memory", "reference: ran out of memory (bad_alloc)")
-    assert trial.quality is None
+    trial = exported_trial(bench, home, real_candidate("torch-fp32"))
+    failed = screen_trial(bench, trial, Failure("out_of_memory", "ran out of memory (bad_alloc)"), home)
+    assert (failed.status, failed.reason) == ("out_of_memory", "reference: ran out of memory (bad_alloc)")
+    assert failed.quality is None
+
+
+# ── the full judgement ───────────────────────────────────────────────────────────────────────────
+
+
+def unclear(trial: Trial) -> Trial:
+    """As if the slice had left it open."""
+    assert trial.quality is not None
+    path = trial.quality.decode.model_copy(update={"clear_of_limit": False})
+    return trial.model_copy(update={"quality": trial.quality.model_copy(update={"decode": path})})
+
+
+@pytest.mark.usefixtures("no_child")
+def test_what_the_slice_settled_is_not_judged_again(
+    bench: Bench, home: Settings, reference: Path, screened: dict[str, Trial]
+) -> None:
+    """The full evaluation is for those near the limit."""
+    trial = screened["onnxruntime-fp32"]
+    assert evaluate_trial(bench, trial, reference, home) == trial
+
+
+def test_what_the_slice_left_unclear_is_judged_in_full_once(
+    bench: Bench, home: Settings, reference: Path, screened: dict[str, Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a child that reads all windows; the next study takes its report."""
+    trial = unclear(screened["onnxruntime-fp32"])
+    judged = evaluate_trial(bench, trial, reference, home)
+    assert judged.quality is not None
+    assert trial.quality is not None
+    assert "quality" not in judged.reused
+    assert judged.quality.decode.clear_of_limit
+    assert judged.quality.greedy_tokens == trial.quality.greedy_tokens
+    monkeypatch.setattr(trials, "Conversation", None)  # a child would raise
+    again = evaluate_trial(bench, trial, reference, home)
+    assert again.quality == judged.quality
+    assert again.reused[-1] == "quality"
 
 
 # ── the reference ────────────────────────────────────────────────────────────────────────────────
@@ -220,136 +322,52 @@ def test_the_reference_is_fp32_torch_whatever_takes_part() -> None:
 
 
 def test_the_reference_is_computed_once_per_checkpoint_and_texts(
-    bench: Bench, settings: Settings, children: Callable[..., Children]
+    bench: Bench, home: Settings, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another study on the same model and texts finds it."""
-    path = next(iter(_reference_paths(bench, settings, children)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    again = children()
-    assert prepare_reference(bench, demo_analysis(), settings) == path
-    assert again.asked == []
+    """Another study on the same model and texts finds it; other texts have none yet."""
+
+    def refuse(*_: object) -> None:
+        raise Stopped(Failure("crashed", "a child was started"))
+
+    monkeypatch.setattr(trials, "Conversation", refuse)
+    assert prepare_reference(bench, demo_analysis(), home) == reference
     other = bench.evaluation_set.model_copy(update={"sha256": "other texts"})
-    started = children(ReferenceDone(path=path, seconds=1))
-    prepare_reference(bench.model_copy(update={"evaluation_set": other}), demo_analysis(), settings)
-    assert started.asked[0][1].output != path
+    changed = bench.model_copy(update={"evaluation_set": other})
+    with pytest.raises(Stopped, match="a child was started"):
+        prepare_reference(changed, demo_analysis(), home)
 
 
-def _reference_paths(bench: Bench, settings: Settings, children: Callable[..., Children]) -> list[Path]:
-    """Where the job is told to write the reference."""
-    started = children(Failure("crashed", "ended with SIGSEGV"))
-    assert prepare_reference(bench, demo_analysis(), settings) == Failure("crashed", "ended with SIGSEGV")
-    assert all(isinstance(job, ReferenceJob) for _, job, _ in started.asked)
-    return [job.output for _, job, _ in started.asked]
+def test_a_reference_that_cannot_be_computed_is_a_failure(bench: Bench, settings: Settings) -> None:
+    """It is a value, and nothing half-made stays for the next study to find."""
+    hurried = settings.model_copy(update={"trial_timeout_s": 0.01})
+    failure = prepare_reference(bench, demo_analysis(), hurried)
+    assert failure == Failure("timed_out", "gave no answer within 0.01 s and was killed")
+    assert list((settings.home / "references").glob("*.npz")) == []
 
 
 # ── what the children are given ──────────────────────────────────────────────────────────────────
 
 
-def test_timing_and_scoring_open_the_same_session(
-    bench: Bench, settings: Settings, children: Callable[..., Children]
-) -> None:
-    """One cache size, one number of threads, one set of limits: so both run the same kernels."""
-    started = children(DONE.measurements, demo_quality(SHAPES[0]))
-    begun = begin_trial(bench.study, DONE.candidate, settings)
-    trial = measure_trial(bench, begun.model_copy(update={"exported": DONE.exported}), settings)
-    score_trial(bench, trial, Path("reference"), settings)
-    (_, timing, how), (_, scoring, how_scored) = started.asked
-    assert isinstance(timing, MeasureJob)
-    assert isinstance(scoring, ScoreJob)
-    assert timing.options == scoring.options
-    assert timing.options.max_tokens == bench.evaluation_set.layout.window_tokens
-    assert timing.options.threads == demo_hardware().cores
-    assert how["environment"] == how_scored["environment"]
-    assert how["environment"]["OMP_NUM_THREADS"] == str(demo_hardware().cores)
-    assert how["timeout_s"] == settings.trial_timeout_s
-    assert 0 < how["memory_limit_bytes"] < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def test_timing_and_scoring_open_the_same_session(bench: Bench) -> None:
+    """One cache size that holds the longest of both, so both run the same kernels."""
+    options = bench.options()
+    assert options.max_tokens == bench.evaluation_set.layout.window_tokens > 32 + 8
+    assert options.threads == demo_hardware().cores
+    longer = bench.workload.model_copy(update={"prompt_tokens": 4096})
+    assert bench.model_copy(update={"workload": longer}).options().max_tokens == 4096 + 8
 
 
-# ── a timed round ────────────────────────────────────────────────────────────────────────────────
+def test_fewer_threads_get_fewer_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they do not wander; all threads may use all cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 5})
+    assert cores_for(1) == (1,)
+    assert cores_for(2) == (1, 3)
+    assert cores_for(3) == cores_for(8) == ()
 
 
-class Scripted:
-    """A session that counts upwards, on a clock of its own: a prefill takes 100 ms and a decode 30 ms."""
-
-    def __init__(self, nan_at: int | None = None) -> None:
-        self.nan_at = nan_at
-        self.now = 0.0
-        self.fed: list[list[int]] = []
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def prefill(self, tokens: Tokens) -> Logits:
-        self.now += 0.1
-        self.fed = []
-        return self._logits(len(tokens), 1)
-
-    def decode(self, tokens: Tokens) -> Logits:
-        self.now += 0.03
-        self.fed.append(tokens.tolist())
-        return self._logits(len(tokens), len(self.fed) + 1)
-
-    def _logits(self, rows: int, token: int) -> Logits:
-        logits = np.zeros((rows, 9), dtype=np.float32)
-        logits[:, token] = np.nan if token == self.nan_at else 1
-        return logits
-
-    def full_logits(self, tokens: Tokens) -> Logits:
-        raise AssertionError("timing does not score")
-
-    def facts(self) -> dict[str, str]:
-        return {}
-
-    def close(self) -> None:
-        raise AssertionError("a round leaves the session open")
-
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    session = Scripted()
-    monkeypatch.setattr("open_autoglm.measure.jobs.time", session)
-    return session
-
-
-PROMPT: Tokens = np.ones((2, 4), dtype=np.int64)
-
-
-def test_a_round_feeds_each_row_its_own_likeliest_token(session: Scripted) -> None:
-    """Greedy decoding: the first token comes from prefill, the others each from the one before."""
-    run_round(session, PROMPT, output_tokens=4)
-    assert session.fed == [[1, 1], [2, 2], [3, 3]]
-
-
-def test_ttft_ends_with_the_first_token_and_tpot_begins_there(session: Scripted) -> None:
-    """TTFT is the prefill, TPOT the mean of the tokens after the first, and together they are the request."""
-    timed = run_round(session, PROMPT, output_tokens=4)
-    assert timed.ttft_ms == pytest.approx(100)
-    assert timed.token_ms == pytest.approx((30, 30, 30))
-    assert timed.tpot_ms == pytest.approx(30)
-    assert timed.e2e_ms == pytest.approx(190)
-
-
-@pytest.mark.parametrize(("nan_at", "phase"), [(1, "prefill"), (4, "decode")])
-def test_logits_that_are_not_finite_end_the_round(session: Scripted, nan_at: int, phase: str) -> None:
-    """Speed without an answer is of no interest."""
-    session.nan_at = nan_at
-    with pytest.raises(IncorrectOutput, match=f"{phase} gave logits that are not finite"):
-        run_round(session, PROMPT, 4)
-
-
-def test_rounds_end_with_the_budget_but_not_before_the_fewest(session: Scripted) -> None:
-    """A slow candidate is not timed for hours, and never on fewer rounds than an interval needs."""
-    prompts = np.stack([PROMPT] * 20)
-    assert len(timed_rounds(session, prompts, 2, budget_s=60)) == 20
-    assert len(timed_rounds(session, prompts, 2, budget_s=1)) == 8  # 130 ms each
-    assert len(timed_rounds(session, prompts, 2, budget_s=0)) == LEAST_ROUNDS
-    assert len(timed_rounds(session, prompts[:3], 2, budget_s=0)) == 3
-
-
-def test_measurements_survive_their_file() -> None:
-    """What a child answers is what is stored and read again."""
-    stored = DONE.measurements
-    assert stored is not None
-    assert Measurements.model_validate_json(stored.model_dump_json()) == stored
-    assert Round(ttft_ms=1, token_ms=(2, 4), foreign_cpu_share=0).tpot_ms == 3
+def test_a_child_neither_reaches_for_the_network_nor_takes_more_threads(settings: Settings) -> None:
+    """Its environment says so to every library that reads one, and its caches lie inside home."""
+    environment = child_environment(settings, threads=3)
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"].startswith(str(settings.home))

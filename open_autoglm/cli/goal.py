@@ -11,6 +11,7 @@ EXAMPLE = "minimise ttft_p95 subject to quality >= 0.99, rss <= 1GiB"
 
 _GOAL = re.compile(r"(minimi[sz]e|maximi[sz]e)\s+(\w+)(?:\s+subject\s+to\s+(.+))?", re.IGNORECASE)
 _LIMIT = re.compile(r"(\w+)\s*(<=|>=|≤|≥)\s*(\S+)")
+_PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
 _OBJECTIVES = {
     "minimise": {
         "latency": "latency", "e2e": "latency", "e2e_p95": "e2e_p95", "ttft": "ttft", "ttft_p95": "ttft_p95",
@@ -52,6 +53,5 @@ def _parse_limit(part: str) -> tuple[str, Any]:
     wanted = (">=", "≥") if field == "min_quality" else ("<=", "≤")
     if match[2] not in wanted:
         raise UserError(f"--goal: {part!r} is the wrong way round; {match[1]} takes {wanted[0]}")
-    if field == "min_quality" and match[3].endswith("%"):
-        return field, float(match[3][:-1]) / 100
-    return field, match[3]
+    share = _PER_CENT.fullmatch(match[3]) if field == "min_quality" else None
+    return field, float(share[1]) / 100 if share else match[3]

@@ -120,7 +120,7 @@ def _the_session() -> _Served:
 
 def open_session(job: OpenJob) -> Opened:
     """Load the candidate; the session stays open for the jobs that follow."""
-    global _served  # noqa: PLW0603 - a child has one session for life
+    global _served
     _served = _Served(job)
     return Opened(load_ms=_served.load_ms)
 

@@ -1,16 +1,28 @@
 """A third-party engine, as pip would install it: put this folder on PYTHONPATH and it is discovered.
 
-What it does wrong is written in a candidate's knobs: ``export`` and ``open`` each name an act below.
+What it does wrong is written in a candidate's knobs: ``export`` and ``open`` each name an act below, and
+``dies_at`` is the number of the request that its process does not survive. ``delay_ms`` is how long it takes
+for a token.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from open_autoglm.engines.contract import ExportContext, Session, SessionOptions, because_of
+import numpy as np
+
+from open_autoglm.engines.contract import (
+    ExportContext,
+    Logits,
+    Session,
+    SessionOptions,
+    Tokens,
+    because_of,
+)
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -24,7 +36,7 @@ from open_autoglm.schemas import (
 )
 
 
-def candidate(name: str = "fake-crash", **knobs: str) -> Candidate:
+def candidate(name: str = "fake-crash", **knobs: Knob) -> Candidate:
     return Candidate(
         id=name,
         engine="fake",
@@ -78,8 +90,46 @@ class FakeEngine:
         return "by hand"
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
-        return self._segfault()
-
-    def _segfault(self) -> NoReturn:
+        match candidate.knobs["open"]:
+            case "works":
+                dies_at, delay_ms = (candidate.knobs.get(knob, 0) for knob in ("dies_at", "delay_ms"))
+                return FakeSession(dies_at=int(dies_at), delay_ms=float(delay_ms))
+            case "gives-nan":
+                return FakeSession(fill=np.nan)
+            case "raises":
+                raise RuntimeError("no kernel for this device\nand more")
+            case "takes-all-memory":
+                raise AssertionError(f"{len(bytearray(2**62))} bytes were there")
+            case "hangs":
+                time.sleep(3600)
         ctypes.string_at(0)
         raise AssertionError("reading address 0 went well")
+
+
+class FakeSession:
+    """Says the same of every token, after a millisecond or more."""
+
+    def __init__(self, fill: float = 0.0, dies_at: int = 0, delay_ms: float = 0.0) -> None:
+        self._fill = fill
+        self._delay_s = (1 + delay_ms) / 1e3
+        self._dies_at = dies_at
+        self._requests = 0
+
+    def prefill(self, tokens: Tokens) -> Logits:
+        self._requests += 1
+        if self._requests == self._dies_at:
+            ctypes.string_at(0)
+        return self.decode(tokens)
+
+    def decode(self, tokens: Tokens) -> Logits:
+        time.sleep(self._delay_s)
+        return np.full((len(tokens), 8), self._fill, dtype=np.float32)
+
+    def full_logits(self, tokens: Tokens) -> NoReturn:
+        raise AssertionError("it has nothing to be judged by")
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None:
+        pass

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.processes MODEL``: one candidate in several processes, interleaved as in a final. More
 rounds cannot average out what differs between processes, so the verdict rests on its being small; here it is
-measured: the standard deviation between processes (one-way variance components), that of a round, and how many
-of the pairs would have been called a promotion.
+measured: the standard deviation between processes (one-way variance components), that of a round, and how
+many of the pairs would have been called a promotion.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _copy(trial: Trial, number: int) -> Trial:
 
 
 def components(logs: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> tuple[float, float]:
-    """(sd between processes, sd of a round) of ``logs[processes, heats]``, what a heat does to all removed."""
+    """(sd between processes, sd of a round) of ``logs[processes, heats]``, without what a heat does to all."""
     relative = logs - logs.mean(axis=0)
     within = relative.var(axis=1, ddof=1).mean()
     between = relative.mean(axis=1).var(ddof=1) - within / logs.shape[1]
@@ -86,7 +86,7 @@ def components(logs: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> tuple
 
 
 def promotions(metric: str, ms: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> tuple[int, int]:
-    """How many ordered pairs of equal processes the rule would have promoted, with a third one as the twin."""
+    """How many ordered pairs of equal processes would be promoted, with a third one as the twin."""
     wrong = pairs = 0
     for ours, theirs, twin in permutations(range(len(ms)), 3):
         noise = noise_floor(compare("twin", "ours", metric, list(ms[twin]), list(ms[ours])))

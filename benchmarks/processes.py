@@ -78,7 +78,7 @@ def _copy(trial: Trial, number: int) -> Trial:
 
 
 def components(logs: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> tuple[float, float]:
-    """(sd between processes, sd of a round) of ``logs[processes, heats]``, without what a heat does to all."""
+    """(sd between processes, sd of a round) of ``logs[processes, heats]``; a heat's own mean is removed."""
     relative = logs - logs.mean(axis=0)
     within = relative.var(axis=1, ddof=1).mean()
     between = relative.mean(axis=1).var(ddof=1) - within / logs.shape[1]

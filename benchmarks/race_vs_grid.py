@@ -32,19 +32,19 @@ PROMISED_LOSS, PROMISED_SHARE = 0.02, 0.25
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.race_vs_grid", description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--engines", default="onnxruntime")
+    parser.add_argument("--start", default="onnxruntime-w8-b32", help="comma-separated; whose grid to try")
     parser.add_argument("--json", type=Path, default=RESULT)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="autoglm-grid-") as folder:
-        engines = tuple(asked.engines.split(","))
-        laboratory = open_laboratory(asked.model, Path(folder) / "study", engines=engines)
-        points = grid(laboratory.candidates(), laboratory.analysis, laboratory.bench.spec)
+        laboratory = open_laboratory(asked.model, Path(folder) / "study")
+        start = [c for c in laboratory.candidates() if c.id in asked.start.split(",")]
+        points = grid(start, laboratory.analysis, laboratory.bench.spec)
         points = [point for point in points if point.vetoed_because is None]
         reference = laboratory.reference()
         files = {point.id: laboratory.exported(point) for point in points}
         tell(f"{len(points)} points in the grid, all exported")
         started = time.monotonic()
-        raced, tried = run_race_arm(laboratory, files, reference)
+        raced, tried = run_race_arm(laboratory, start, files, reference)
         race_s = time.monotonic() - started
         tell(f"race: {raced.id} after {race_s:.0f} s, {tried} of {len(points)} points tried")
         started = time.monotonic()
@@ -59,11 +59,13 @@ def tell(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def run_race_arm(laboratory: Laboratory, files: dict[str, Trial], reference: Path) -> tuple[Trial, int]:
+def run_race_arm(
+    laboratory: Laboratory, start: Sequence[Candidate], files: dict[str, Trial], reference: Path
+) -> tuple[Trial, int]:
     """(the choice, how many points were tried): what `flows.optimize` does, without Prefect and MLflow."""
     bench, analysis, settings = laboratory.bench, laboratory.analysis, laboratory.settings
     generations: list[list[Trial]] = []
-    candidates: list[Candidate] = laboratory.candidates()
+    candidates = list(start)
     while candidates:
         able = [c for c in candidates if c.vetoed_because is None]
         generations.append([screen_trial(bench, files[c.id], reference, settings) for c in able])

@@ -22,7 +22,10 @@ SMALL: dict[str, Any] = {"prompt_tokens": 32, "output_tokens": 8, "quality_token
 
 
 def tiny_bench(checkpoint_path: Path, settings: Settings, root: Path, **asked: Any) -> Bench:
-    """A new study in ``root`` as the flow begins one: requests drawn, texts chosen, the bench kept."""
+    """A new study in ``root`` as the flow begins one: requests drawn, texts chosen, the bench kept.
+
+    Modules that share a home ask for requests of their own, or they would find each other's results.
+    """
     spec = OptimizeSpec(model_path=str(checkpoint_path), **{**SMALL, **asked})
     checkpoint, hardware = load_checkpoint(str(checkpoint_path)), demo_hardware()
     bench = Bench(

@@ -30,6 +30,11 @@ WHO_MAY_IMPORT = {
     "gguf": {"open_autoglm/demo_model.py"},
     "matplotlib": {"open_autoglm/figures.py"},
     "jinja2": {"open_autoglm/report.py"},
+    "scipy": {
+        "open_autoglm/measure/comparison.py",
+        "open_autoglm/measure/statistics.py",
+        "open_autoglm/quality/metrics.py",
+    },
     "torch": {
         "open_autoglm/engines/torch_engine.py",
         "open_autoglm/export/",
@@ -134,7 +139,6 @@ def test_runtimes_are_imported_inside_functions_only() -> None:
 
 HEAVY_BY_NATURE = {
     "open_autoglm/pyfunc_model.py": {"mlflow", "pandas"},  # MLflow itself runs this file
-    "open_autoglm/trials.py": {"psutil"},
 }
 
 
@@ -147,6 +151,14 @@ def test_the_core_is_light_at_module_level() -> None:
         if f.package not in LIGHT | sys.stdlib_module_names | HEAVY_BY_NATURE.get(f.file, set())
     ]
     assert heavy == []
+
+
+def test_what_measures_does_not_know_what_decides() -> None:
+    """A round, an interval and a race can be used without a study, and favour nobody."""
+    above = ("trials", "heats", "bracket", "search", "selection", "conclusion", "study", "tracking", "memo")
+    modules = {f"open_autoglm.{name}" for name in above}
+    found = [f for f in IMPORTS if f.file.startswith("open_autoglm/measure/") and f.module in modules]
+    assert [str(upwards) for upwards in found] == []
 
 
 def test_engines_do_not_know_each_other() -> None:

@@ -101,6 +101,28 @@ def refusal(outcome: Outcome) -> str:
         (["--rounds", "1"], "--rounds: Input should be greater than or equal to 3"),
         (["--engines", "torch,onyx"], "unknown engine 'onyx': choose from onnxruntime, "),
         (["--register-as", "a b"], "--register-as: "),
+        (["--target-width", "0"], "--target-width: Input should be greater than 0"),
+        (["--target-width", "1"], "--target-width: Input should be less than 1"),
+        (["--timing-budget-s", "0"], "--timing-budget-s: Input should be greater than 0"),
+        (["--search-generations", "6"], "--search-generations: Input should be less than or equal to 5"),
+        (["--request-rate-per-s", "0"], "--request-rate-per-s: Input should be greater than 0"),
+        (["--request-rate-per-s", "2"], "a request rate means nothing in the single_stream scenario"),
+        (["--scenario", "server"], "needs a mean arrival rate: add --request-rate-per-s"),
+        (
+            ["--scenario", "server", "--request-rate-per-s", "2", "--input-shape", "4,32"],
+            "not in batches of 4: write --input-shape 1,32, or choose --scenario offline",
+        ),
+        (["--objective", "goodput"], "add --scenario server and --request-rate-per-s"),
+        (
+            ["--objective", "goodput", "--scenario", "server", "--request-rate-per-s", "2"],
+            "add --max-latency, --max-tpot or both",
+        ),
+        (["--length-mix", "128"], "--length-mix: "),
+        (["--length-mix", "32/8:0"], "--length-mix: "),
+        (["--length-mix", "32/1:1"], "--length-mix: "),
+        (["--length-mix", "4096/8:1,32/8:3"], "has a context of 512: ask for shorter ones"),
+        (["--goal", "go fast"], "--goal: 'go fast' is not a goal; write it like: minimise ttft_p95"),
+        (["--goal", "minimise ttft", "--max-tpot", "1ms"], "so does --max-tpot: give one of them"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -110,6 +132,19 @@ def test_a_wrong_option_is_refused_by_name(
     """The sentence names the flag, quotes what was given and says what to write; nothing is made."""
     shape = [] if "--input-shape" in arguments else ["--input-shape", "1,32"]
     assert sentence in refusal(cli("optimize", "--model-path", tiny_glm, *shape, *arguments))
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--scenario", "burst"), ("--objective", "speed"), ("--rounds", "many")]
+)
+def test_a_word_that_is_no_choice_is_refused(
+    flag: str, value: str, cli: Cli, home: Path, tiny_glm: Path
+) -> None:
+    """The flag, what was given, and what may stand there instead."""
+    outcome = cli("optimize", "--model-path", tiny_glm, flag, value)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert f"Invalid value for '{flag}': '{value}' is not " in outcome.stderr
     assert not home.exists()
 
 
@@ -276,6 +311,54 @@ def test_with_json_the_last_line_is_the_study(cli: Cli, tiny_glm: Path) -> None:
     assert "candidates would be measured" in outcome.stderr
 
 
+def planned(cli: Cli, model: Path, *asked: object) -> OptimizeSpec:
+    """The spec of a dry run with these flags."""
+    outcome = cli("optimize", "--model-path", model, *asked, "--dry-run", "--json")
+    assert outcome.code == 0, outcome.stderr
+    return Study.model_validate_json(outcome.stdout).spec
+
+
+def test_a_scenario_and_how_long_to_time_it_are_flags(cli: Cli, tiny_glm: Path) -> None:
+    """Arrivals, the mix of lengths, and when the rounds may end."""
+    mix = ["--length-mix", "32/8:3,128/16:1", "--scenario", "server", "--request-rate-per-s", "2.5"]
+    ends = [
+        "--rounds",
+        "20",
+        "--target-width",
+        "0.02",
+        "--timing-budget-s",
+        "30",
+        "--search-generations",
+        "2",
+    ]
+    spec = planned(cli, tiny_glm, *mix, *ends)
+    assert (spec.scenario, spec.request_rate_per_s) == ("server", 2.5)
+    assert spec.length_mix == "32/8:3,128/16:1"
+    assert (spec.prompt_tokens, spec.output_tokens) == (128, 16)
+    assert (spec.rounds, spec.target_width, spec.timing_budget_s) == (20, 0.02, 30)
+    assert spec.search_generations == 2
+
+
+def test_a_goal_says_the_same_as_its_flags(cli: Cli, tiny_glm: Path) -> None:
+    """One line, or a flag for each part of it."""
+    shape = ["--input-shape", "1,32"]
+    goal = planned(
+        cli, tiny_glm, *shape, "--goal", "minimise tpot subject to ttft <= 1s, rss <= 2GiB, quality >= 95%"
+    )
+    flags = ["--objective", "tpot", "--max-latency", "1s", "--max-memory", "2GiB", "--min-quality", "0.95"]
+    assert goal == planned(cli, tiny_glm, *shape, *flags)
+
+
+def test_what_is_not_said_stays_as_the_spec_has_it() -> None:
+    """The flags' defaults are those of a run that is started in the Prefect UI."""
+    from open_autoglm.cli.commands import make_spec
+    from open_autoglm.cli.main import optimize
+
+    context = optimize.make_context("optimize", ["--model-path", "m"])
+    arguments = {name: context.params[name] for name in context.params.keys() - {"dry_run", "as_json"}}
+    assert make_spec(arguments) == OptimizeSpec(model_path="m")
+
+
 def test_analyze_tells_structure_and_roofline(cli: Cli, tiny_glm: Path) -> None:
     """As a table, or as one object with the same content."""
     asked = ["analyze", "--model-path", tiny_glm, "--input-shape", "1,32"]
@@ -324,13 +407,27 @@ def test_doctor_finds_this_machine_fit(cli: Cli) -> None:
     assert {"CPU", "memory"} <= {finding["subject"] for finding in findings}
 
 
-@pytest.mark.parametrize("command", ["", "optimize", "analyze", "engines", "report", "doctor", "demo-model"])
+COMMANDS = ["", "optimize", "analyze", "engines", "report", "reproduce", "doctor", "demo-model"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, cli: Cli) -> None:
     """``--help`` and ``-h`` alike."""
     outcome = cli(*command.split(), "--help")
     assert outcome.code == 0
     assert outcome.stdout == cli(*command.split(), "-h").stdout
     assert "Usage: open-autoglm" in outcome.stdout
+
+
+def test_reproduce_needs_a_study_and_a_trial(cli: Cli, home: Path, tmp_path: Path) -> None:
+    """Its help tells the exit codes; a study that is not there and a trial nobody timed are named."""
+    told = cli("reproduce", "--help").stdout
+    assert "reproduce [OPTIONS] STUDY TRIAL" in told
+    assert "Exit code 0 if they do, 3 if they do not" in " ".join(told.split())
+    assert "there is no finished study at" in refusal(cli("reproduce", tmp_path, "torch-fp32"))
+    save_study(demo_study(output_dir=home / "studies" / "one", trials=(), champion=None, pareto=()))
+    told = refusal(cli("reproduce", home / "studies" / "one", "torch-fp32"))
+    assert told.startswith("torch-fp32 is not one of its trials in ")
 
 
 def test_help_imports_nothing_heavy() -> None:

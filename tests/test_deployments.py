@@ -67,13 +67,25 @@ def test_form_has_a_text_box_for_each_optional_text() -> None:
 
 def test_server_accepts_a_stored_spec() -> None:
     """A spec as it was logged, with its empty fields, starts the same study again."""
-    spec = OptimizeSpec(model_path="m", max_latency="50ms", engines=("torch",))
+    mix = {"scenario": "server", "request_rate_per_s": 2, "length_mix": "128/32:3,512/64:1"}
+    spec = OptimizeSpec(model_path="m", max_latency="50ms", engines=("torch",), **mix)
     assert refused({"spec": spec.model_dump(mode="json")}) == []
 
 
 @pytest.mark.parametrize(
     "field",
-    [{"max_latency": "50"}, {"max_memory": "-2GiB"}, {"rounds": 1}, {"target_device": "tpu"}],
+    [
+        {"max_latency": "50"},
+        {"max_memory": "-2GiB"},
+        {"rounds": 1},
+        {"target_device": "tpu"},
+        {"scenario": "burst"},
+        {"objective": "speed"},
+        {"length_mix": "128"},
+        {"request_rate_per_s": 0},
+        {"target_width": 1},
+        {"search_generations": 6},
+    ],
     ids=str,
 )
 def test_server_refuses_what_the_spec_refuses(field: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def rules(heats: int = HEATS, **changes: Any) -> Rules:
 
 @pytest.fixture(scope="module")
 def bench(tiny_glm: Path, shared_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return tiny_bench(tiny_glm, shared_settings, tmp_path_factory.mktemp("heats") / "study")
+    return tiny_bench(tiny_glm, shared_settings, tmp_path_factory.mktemp("heats") / "study", seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,19 +17,29 @@ from studies import demo_hardware
 from open_autoglm import engines
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
+from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.schemas import OptimizeSpec, Study
+from open_autoglm.selection import final_of
 from open_autoglm.settings import Settings
 from open_autoglm.study import RESULT, load_study
 
 SMALL: dict[str, Any] = {
     "prompt_tokens": 32,
     "output_tokens": 8,
-    "rounds": 3,
+    "rounds": 4,
+    "timing_budget_s": 2,
     "quality_tokens": 64,
     "min_quality": 0.5,
 }
-FLAGS = ["--input-shape=1,32", "--output-tokens=8", "--rounds=3", "--quality-tokens=64", "--min-quality=0.5"]
-OPTIMIZE = [str(Path(sys.executable).with_name("open-autoglm")), "optimize", *FLAGS, "--json"]
+FLAGS = [
+    "--input-shape=1,32",
+    "--output-tokens=8",
+    "--rounds=4",
+    "--timing-budget-s=2",
+    "--quality-tokens=64",
+    "--json",
+]
+OPTIMIZE = [str(Path(sys.executable).with_name("open-autoglm")), "optimize", *FLAGS]
 ONNX = ("onnxruntime-dynamic-int8", "onnxruntime-fp32", "onnxruntime-w4-b32", "onnxruntime-w8-b32")
 
 pytestmark = pytest.mark.usefixtures("prefect_harness")
@@ -82,6 +91,7 @@ def spec(settings: Settings, tiny_llama: Path) -> OptimizeSpec:
     return OptimizeSpec(
         model_path=str(tiny_llama),
         engines=("onnxruntime", "tensorrt", "fake"),
+        search_generations=0,  # each neighbour would be another export
         output=str(settings.home.parent / "llama"),
         **SMALL,
     )
@@ -93,22 +103,40 @@ def study(spec: OptimizeSpec) -> Study:
 
 
 def test_every_candidate_has_its_story(study: Study) -> None:
-    """Measured and judged, crashed, or vetoed: each says what became of it, and none stops the others."""
-    stories = {trial.id: trial.status for trial in study.trials}
-    assert stories == {
-        **dict.fromkeys(ONNX, "ok"),
-        "fake-crash": "crashed",
-        "tensorrt-fp16": "vetoed",
-    }
-    assert study.trial("fake-crash").reason == "benchmark: ended with SIGSEGV"
-    assert "NVIDIA" in study.trial("tensorrt-fp16").reason
+    """In the final, out before it, crashed, or vetoed: it says what became of it and stops no other."""
+    assert {trial.id for trial in study.trials} == {*ONNX, "fake-crash", "tensorrt-fp16"}
+    crashed, vetoed = study.trial("fake-crash"), study.trial("tensorrt-fp16")
+    assert (crashed.status, crashed.reason) == ("crashed", "screening: ended with SIGSEGV")
+    assert vetoed.status == "vetoed"
+    assert "NVIDIA" in vetoed.reason
     for name in ONNX:
         trial = study.trial(name)
         assert trial.quality is not None
-        assert trial.metrics["ttft_ms"].samples == 3
-        assert len(trial.metrics["ttft_ms"].values) == 3
-        assert trial.metrics["peak_rss_bytes"].median > 2**20
+        assert trial.screening is not None
+        assert trial.screening.footprint.peak_rss_bytes > 2**20
         assert trial.mlflow_run_id is not None
+        assert trial.finalist == (trial.status == "ok")
+        assert (trial.fall is not None) == (trial.status == "stopped")
+
+
+def test_the_final_is_interleaved_and_knows_its_noise(study: Study) -> None:
+    """At most three candidates and the leader's twin, forwards and backwards, each round of all of them."""
+    final = final_of(study.races)
+    assert final is not None
+    assert final.noise is not None
+    *finalists, twin = final.heats[0]
+    assert 0 < len(finalists) <= 3
+    assert twin == finalists[0] + TWIN_SUFFIX
+    assert set(finalists) == {trial.id for trial in study.trials if trial.finalist}
+    assert all(heat == final.heats[number % 2] for number, heat in enumerate(final.heats))
+    assert final.heats[1] == final.heats[0][::-1]
+    for name in finalists:
+        trial = study.trial(name)
+        assert trial.measurements is not None
+        assert len(trial.measurements.counted) == len(final.heats) >= SMALL["rounds"]
+        assert trial.metrics["peak_rss_bytes"].median > 2**20
+        assert trial.capsule is not None
+    assert {c.candidate for c in study.comparisons} == {*finalists} - {study.champion}
 
 
 def test_an_exact_engine_keeps_all_of_the_quality(study: Study) -> None:
@@ -128,7 +156,7 @@ def test_the_champion_is_the_quickest_that_is_allowed(study: Study) -> None:
     feasible = [trial for trial in study.trials if trial.feasible]
     quickest = min(feasible, key=lambda trial: trial.metrics["e2e_ms"].median)
     assert study.champion == quickest.id
-    assert study.champion in study.pareto
+    assert study.incumbent is None
 
 
 def test_the_directory_holds_the_whole_study(study: Study) -> None:
@@ -140,8 +168,10 @@ def test_the_directory_holds_the_whole_study(study: Study) -> None:
         assert trial.id in page
     assert (root / "bundle" / "manifest.json").is_file()
     assert (root / "data-docs" / "index.html").is_file()
-    assert {f"{name}.json" for name in ONNX} == {path.name for path in (root / "samples").iterdir()}
-    assert (root / "logs" / "fake-crash-benchmark.log").is_file()
+    timed = {f"{trial.id}.json" for trial in study.trials if trial.measurements is not None}
+    assert {path.name for path in (root / "samples").iterdir()} == timed
+    assert (root / "logs" / "fake-crash-screening.log").is_file()
+    assert (root / "bench.json").is_file()
     assert [path.name for path in root.rglob(".*") if path.name != ".lock"] == []
 
 
@@ -166,13 +196,20 @@ def test_the_registry_serves_the_champion(study: Study) -> None:
 
 
 def test_running_it_again_repeats_nothing(study: Study, spec: OptimizeSpec) -> None:
-    """Trials and exports stay as they are, the champion is confirmed, and no second version is made."""
-    kept = (study.output_dir / "samples", Settings().exports)
+    """Screenings, heats and exports are those of before; the champion is confirmed as the same version."""
+    kept = (Settings().home / "results", Settings().exports)
     before = [modified(folder) for folder in kept]
     again = optimize(spec)
-    assert (again.id, again.champion) == (study.id, study.champion)
-    assert all(trial.reused for trial in again.trials if trial.status != "vetoed")
     assert [modified(folder) for folder in kept] == before
+    assert again.id == study.id
+    for trial in again.trials:
+        assert ("screening" in trial.reused) == (trial.screening is not None)
+        assert ("final" in trial.reused) == trial.finalist
+    assert again.races == study.races
+    assert again.incumbent is not None
+    assert again.incumbent.trial_id == again.champion == study.champion
+    assert again.verdict.kind == "champion"
+    assert "it is the registered champion, measured again" in again.verdict.reasons[0]
     assert study.registration is not None
     assert len(versions(study.registration.model_name or "")) == 1
 
@@ -188,21 +225,22 @@ def environment(settings: Settings) -> dict[str, str]:
     return {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PREFECT_HOME": str(settings.home)}
 
 
-def finished(trials: Path) -> list[Path]:
-    """Files of trials that were timed and judged."""
-    files = trials.glob("[!.]*.json") if trials.is_dir() else ()
-    return [path for path in files if json.loads(path.read_text())["quality"] is not None]
+def screenings(settings: Settings) -> dict[Path, int]:
+    """What was kept of first looks, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in settings.home.glob("results/screenings/[!.]*.json")}
 
 
 def test_a_killed_study_goes_on_where_it_stopped(
     tiny_glm: Path, settings: Settings, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """SIGKILL leaves no child; the same command keeps what was finished and ends with a champion."""
+    """SIGKILL leaves no child; the same command repeats no finished screening, and searches on to the end."""
     root = tmp_path / "study"
-    command = [*OPTIMIZE, "--engines=torch,onnxruntime", f"--model-path={tiny_glm}", f"--output={root}"]
+    asked = ["--engines=torch", "--min-quality=0.5", f"--model-path={tiny_glm}", f"--output={root}"]
+    command = [*OPTIMIZE, *asked]
+    others = screenings(settings).keys()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as running:
         deadline = time.monotonic() + 300
-        while not (done := finished(root / "trials")):
+        while not screenings(settings).keys() - others:
             assert running.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -211,37 +249,49 @@ def test_a_killed_study_goes_on_where_it_stopped(
     psutil.wait_procs(children, timeout=5)
     assert [child for child in children if child.is_running() and child.status() != "zombie"] == []
     assert not (root / RESULT).exists()
+    before = screenings(settings)
 
-    before = {path: path.stat().st_mtime_ns for path in done}
-    exports = modified(settings.exports)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     study = Study.model_validate_json(result.stdout.splitlines()[-1])
-    assert {path: path.stat().st_mtime_ns for path in done} == before
-    assert {trial.id for trial in study.trials if trial.reused} >= {path.stem for path in done}
-    assert modified(settings.exports).items() >= exports.items()
-    assert {trial.id: trial.status for trial in study.trials} == {
-        **dict.fromkeys(("torch-fp32", "torch-bf16", *ONNX), "ok"),
+    after = screenings(settings)
+    assert {path: after[path] for path in before} == before
+    assert sum("screening" in trial.reused for trial in study.trials) == len(before.keys() - others)
+    assert {trial.id: trial.status for trial in study.trials if trial.status != "stopped"}.items() <= {
+        "torch-fp32": "ok",
+        "torch-bf16": "ok",
+        "torch-bf16-t1": "ok",
         "torch-bf16-compile": "vetoed",
-    }
+    }.items()
+    assert [line.split(":")[0] for line in study.search] == ["torch-bf16 with threads 1 instead of all"]
     assert study.verdict.kind == "champion"
     assert load_study(root).champion == study.champion
     assert "champion" in result.stderr
 
 
 def test_if_nothing_is_feasible_nothing_is_registered(
-    tiny_llama: Path, environment: dict[str, str], tmp_path: Path
+    study: Study, tiny_llama: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Exit code 3, the nearest candidate with its distance, a report, and no registered model."""
-    asked = ["--engines=torch", "--max-latency=1us", "--register-as=nobody", f"--output={tmp_path / 'study'}"]
-    command = [*OPTIMIZE, *asked, f"--model-path={tiny_llama}"]
+    """Exit code 3, the nearest candidate with its distance, a report, no registered model, and no heat run.
+
+    What an earlier study found out about the same candidates is enough to say so.
+    """
+    root = tmp_path / "study"
+    needed = [trial.screening.footprint.peak_rss_bytes for trial in study.trials if trial.screening]
+    goal = f"--goal=minimise tpot subject to rss <= {min(needed) - 1}B, quality >= 50%"
+    asked = ["--engines=onnxruntime", goal, "--register-as=nobody", "--search-generations=0"]
+    command = [*OPTIMIZE, *asked, f"--output={root}", f"--model-path={tiny_llama}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 3, result.stderr
-    study = Study.model_validate_json(result.stdout.splitlines()[-1])
-    assert (study.verdict.kind, study.champion, study.bundle) == ("nothing_feasible", None, None)
-    assert study.verdict.nearest == "torch-fp32"
-    assert study.trial("torch-fp32").misses[0].limit == "max_latency"
-    assert study.trial("torch-bf16").status == "vetoed"
-    assert (tmp_path / "study" / "report.html").is_file()
+    told = Study.model_validate_json(result.stdout.splitlines()[-1])
+    assert (told.verdict.kind, told.champion, told.bundle) == ("nothing_feasible", None, None)
+    assert (told.spec.objective, told.races) == ("tpot", ())
+    assert {trial.id for trial in told.trials} == set(ONNX)
+    for trial in told.trials:
+        assert [miss.limit for miss in trial.misses] == ["max_memory"]
+        assert trial.screening == study.trial(trial.id).screening
+    smallest = min(told.trials, key=lambda trial: trial.misses[0].measured)
+    assert told.verdict.nearest == smallest.id
+    assert (root / "report.html").is_file()
     assert versions("nobody") == []
     assert "Traceback" not in result.stderr

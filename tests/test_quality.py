@@ -179,6 +179,31 @@ def test_a_ratio_on_the_limit_is_scored_to_the_end(
     assert not report.decode.clear_of_limit
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("windows", [1, 3, LAYOUT.windows + 1])
+def test_a_slice_reads_the_first_windows_of_each_text_only(
+    table: Logits,
+    tokens: Tokens,
+    evaluation_set: EvaluationSet,
+    reference: Path,
+    windows: int,
+    batch_size: int,
+) -> None:
+    """Against the same reference, of which it takes the same windows; more than there are means all."""
+    other = noisy(table, 0.7)
+    session = TableSession(other, batch_size=batch_size)
+    report = score(session, evaluation_set, reference, batch_size=batch_size, limit=0.78, windows=windows)
+    read = min(windows, LAYOUT.windows)
+    for path, positions, pairs in (
+        (report.prefill, PREFILL_TOKENS, prefill_pairs),
+        (report.decode, LAYOUT.decode_tokens, decode_pairs),
+    ):
+        assert scored_windows(path, positions) <= read
+        assert path.perplexity == pytest.approx(perplexity(other, pairs(tokens, path)), rel=1e-5)
+        assert path.reference_perplexity == pytest.approx(perplexity(table, pairs(tokens, path)), rel=1e-5)
+    assert scored_windows(report.decode, LAYOUT.decode_tokens) == read
+
+
 @pytest.mark.parametrize(("limit", "windows"), [(0.99, 2), (0.5, 2), (0.78, 6)])
 def test_each_path_stops_when_its_verdict_is_clear(
     table: Logits, evaluation_set: EvaluationSet, reference: Path, limit: float, windows: int

@@ -135,10 +135,13 @@ def test_another_rate_asks_for_the_same_prompts(make: Callable[..., Workload]) -
 
 
 def test_limits_become_the_promise_that_goodput_counts_by(make: Callable[..., Workload]) -> None:
-    """Limits on latency are stored in milliseconds; a rate means something to a server only."""
-    workload = make(max_latency="0.5s", max_tpot="20ms", request_rate_per_s=3)
-    assert (workload.slo_ttft_ms, workload.slo_tpot_ms) == (500, 20)
-    assert workload.request_rate_per_s is None
+    """In milliseconds, for a server; elsewhere a limit changes no request and is no part of the workload."""
+    limits = {"max_latency": "0.5s", "max_tpot": "20ms", "request_rate_per_s": 3}
+    serving = make(scenario="server", **limits)
+    assert (serving.slo_ttft_ms, serving.slo_tpot_ms, serving.request_rate_per_s) == (500, 20, 3)
+    alone = make(**limits)
+    assert (alone.slo_ttft_ms, alone.slo_tpot_ms, alone.request_rate_per_s) == (None, None, None)
+    assert alone == make()
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from open_autoglm.heats import Contest, fallen
 from open_autoglm.incumbent import is_registered_bundle
 from open_autoglm.measure.racing import HeatReport, Rules
 from open_autoglm.measure.scenarios import figure_of
+from open_autoglm.objectives import goal_of
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Fall, Miss, OptimizeSpec, Round, Trial
 from open_autoglm.search import rank_figure
-from open_autoglm.selection import goal_of
 from open_autoglm.units import number, quantity
 
 HOPELESS = 2.0
@@ -42,7 +42,22 @@ def _may_fall(trial: Trial) -> bool:
 
 
 def after_evaluation(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
-    """The trials, those stopped that lose too much quality by all that was scored."""
+    """The trials, those stopped that lose too much quality by all that was scored, and those that are too
+    many for the final where no race was held."""
+    return _best_go_on(_that_keep_quality(trials, spec), spec)
+
+
+def _best_go_on(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
+    ranked = sorted((t for t in trials if _may_fall(t)), key=lambda trial: _standing(trial, spec))
+    falls = {
+        trial.id: Fall(stage="evaluation", reason=f"place {place}, and the best {FINALISTS} go on")
+        for place, trial in enumerate(ranked, start=1)
+        if place > FINALISTS and not trial.candidate.incumbent
+    }
+    return [t.model_copy(update=fallen(falls[t.id])) if t.id in falls else t for t in trials]
+
+
+def _that_keep_quality(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
     judged = []
     for trial in trials:
         quality = trial.quality

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from open_autoglm.objectives import Goal, duel
 from open_autoglm.schemas import Trial
-from open_autoglm.selection import Goal, duel
 
 _E2E = Goal("e2e_ms", False, "time to the last token", "e2e_ms")
 

@@ -23,6 +23,7 @@ from open_autoglm.measure.environment import host_environment
 from open_autoglm.measure.isolation import Failure
 from open_autoglm.measure.racing import Rules, run_race
 from open_autoglm.measure.scenarios import figure_of
+from open_autoglm.objectives import final_of
 from open_autoglm.schemas import (
     Capsule,
     Comparison,
@@ -34,7 +35,6 @@ from open_autoglm.schemas import (
     Study,
     Trial,
 )
-from open_autoglm.selection import final_of
 from open_autoglm.settings import Settings
 from open_autoglm.study import StudyRef
 from open_autoglm.trials import Bench, exported_of

@@ -13,10 +13,11 @@ from open_autoglm.export.routes import library_versions
 from open_autoglm.figures import comparisons_figure, latency_figure, pareto_figure, samples_figure
 from open_autoglm.files import write_atomic
 from open_autoglm.measure.racing import BUDGET_HEATS
+from open_autoglm.objectives import final_of
 from open_autoglm.quality.gates import check_results
 from open_autoglm.report import write_report
 from open_autoglm.schemas import Analysis, Incumbent, Model, Race, Study, Trial, Verdict
-from open_autoglm.selection import choose, final_of
+from open_autoglm.selection import choose
 from open_autoglm.study import save_study, save_trial
 from open_autoglm.tracking import Tracker
 from open_autoglm.trials import Bench

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from open_autoglm import readout
 from open_autoglm.measure.racing import TWIN_SUFFIX
+from open_autoglm.objectives import final_of
 from open_autoglm.roofline import bound
 from open_autoglm.schemas import (
     Comparison,
@@ -19,7 +20,6 @@ from open_autoglm.schemas import (
     Study,
     Trial,
 )
-from open_autoglm.selection import final_of
 
 # ── noise and paired comparisons ─────────────────────────────────────────────────────────────────
 

@@ -126,6 +126,7 @@ class Residents:
             try:
                 self._resident(contestant)
             except Stopped as stopped:
+                self._open.pop(contestant, None)
                 self._failures[contestant] = stopped.failure
 
     def __call__(self, contestant: str, index: int) -> Round | Failure:
@@ -135,6 +136,7 @@ class Residents:
             talk = self._resident(contestant)
             return self._round(talk, contestant, jobs.RoundJob(index=index))
         except Stopped as stopped:
+            self._open.pop(contestant, None)  # it holds no memory any more
             return stopped.failure
 
     def _round(self, talk: Conversation, contestant: str, job: jobs.RoundJob) -> Round:

@@ -11,8 +11,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from open_autoglm.limits import excess
+from open_autoglm.objectives import Goal, duel, goal_of
 from open_autoglm.schemas import Metric, Miss, Study, Trial
-from open_autoglm.selection import Goal, duel, excess, goal_of
 from open_autoglm.tracking import mlflow_link
 from open_autoglm.units import number as number
 from open_autoglm.units import quantity as quantity

@@ -18,8 +18,8 @@ from open_autoglm import engines
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
 from open_autoglm.measure.racing import TWIN_SUFFIX
+from open_autoglm.objectives import final_of
 from open_autoglm.schemas import OptimizeSpec, Study
-from open_autoglm.selection import final_of
 from open_autoglm.settings import Settings
 from open_autoglm.study import RESULT, load_study
 

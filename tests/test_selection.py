@@ -21,24 +21,14 @@ from studies import (
     vetoed_trials,
 )
 
+from open_autoglm.limits import excess, misses, unclear
 from open_autoglm.measure.comparison import compare, noise_floor
 from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.measure.scenarios import metrics_of
 from open_autoglm.measure.statistics import P95_SAMPLES, summarise
+from open_autoglm.objectives import GOALS, Goal, change_words, duel, final_of, goal_of
 from open_autoglm.schemas import Fall, Miss, NoiseFloor, OptimizeSpec, Round, Trial
-from open_autoglm.selection import (
-    GOALS,
-    Goal,
-    change_words,
-    choose,
-    duel,
-    excess,
-    final_of,
-    goal_of,
-    misses,
-    pareto_front,
-    unclear,
-)
+from open_autoglm.selection import choose, pareto_front
 from open_autoglm.units import ByteSize, Duration
 
 

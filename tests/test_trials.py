@@ -279,11 +279,14 @@ def test_without_a_reference_nothing_is_looked_at(bench: Bench, home: Settings) 
 # ── the full judgement ───────────────────────────────────────────────────────────────────────────
 
 
-def unclear(trial: Trial) -> Trial:
-    """As if the slice had left it open."""
+def sliced(trial: Trial, *, clear: bool) -> Trial:
+    """As if the slice had settled it, or left it open."""
     assert trial.quality is not None
-    path = trial.quality.decode.model_copy(update={"clear_of_limit": False})
-    return trial.model_copy(update={"quality": trial.quality.model_copy(update={"decode": path})})
+    paths = {
+        name: getattr(trial.quality, name).model_copy(update={"clear_of_limit": clear})
+        for name in ("prefill", "decode")
+    }
+    return trial.model_copy(update={"quality": trial.quality.model_copy(update=paths)})
 
 
 @pytest.mark.usefixtures("no_child")
@@ -291,7 +294,7 @@ def test_what_the_slice_settled_is_not_judged_again(
     bench: Bench, home: Settings, reference: Path, screened: dict[str, Trial]
 ) -> None:
     """The full evaluation is for those near the limit."""
-    trial = screened["onnxruntime-fp32"]
+    trial = sliced(screened["onnxruntime-fp32"], clear=True)
     assert evaluate_trial(bench, trial, reference, home) == trial
 
 
@@ -299,7 +302,7 @@ def test_what_the_slice_left_unclear_is_judged_in_full_once(
     bench: Bench, home: Settings, reference: Path, screened: dict[str, Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a child that reads all windows; the next study takes its report."""
-    trial = unclear(screened["onnxruntime-fp32"])
+    trial = sliced(screened["onnxruntime-fp32"], clear=False)
     judged = evaluate_trial(bench, trial, reference, home)
     assert judged.quality is not None
     assert trial.quality is not None

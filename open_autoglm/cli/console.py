@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING
 
 from open_autoglm import evidence, readout
+from open_autoglm.objectives import goal_of
 from open_autoglm.schemas import Analysis, Candidate, Probe, RooflineBound, Study, Trial
-from open_autoglm.selection import goal_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -90,9 +90,11 @@ def score(
     predictions = Predictions(*map(_in_turn, expected.predictions.at(some)))
     ordered = _in_turn(tokens)
     try:
-        prefill = judge(_prefill(session, evaluation_set, ordered, predictions), evaluation_set, limit)
+        sliced = windows is not None
+        read = _prefill(session, evaluation_set, ordered, predictions)
+        prefill = judge(read, evaluation_set, limit, sliced=sliced)
         one_by_one = _decode(session, evaluation_set, ordered, predictions, batch_size)
-        decode = judge(one_by_one, evaluation_set, limit)
+        decode = judge(one_by_one, evaluation_set, limit, sliced=sliced)
         same = _same_greedy_tokens(session, evaluation_set, tokens, expected, batch_size)
     except NonFiniteError:
         prefill = decode = _unscored(texts)
@@ -148,10 +150,13 @@ def _stack(parts: Sequence[Comparison], axis: int) -> Comparison:
     return Comparison(*(np.stack(arrays, axis=axis) for arrays in zip(*parts, strict=True)))
 
 
-def judge(parts: Iterable[Comparison], evaluation_set: EvaluationSet, limit: float) -> PathQuality:
+def judge(
+    parts: Iterable[Comparison], evaluation_set: EvaluationSet, limit: float, *, sliced: bool = False
+) -> PathQuality:
     """Take ``parts``, each ``[rows, positions]``, until the verdict on ``limit`` is clear.
 
-    A look is only taken when every text has been read equally far.
+    A look is only taken when every text has been read equally far. A slice is one look more, so it is
+    clear of the limit only by the stricter rule for looks.
     """
     step = len(evaluation_set.texts) * math.ceil(evaluation_set.layout.windows / MOST_LOOKS)
     taken: list[Comparison] = []
@@ -162,7 +167,8 @@ def judge(parts: Iterable[Comparison], evaluation_set: EvaluationSet, limit: flo
         if rows % step == 0 and _settled(np.concatenate([part.kept for part in taken]), limit):
             break
     scored = Comparison(*(np.concatenate(arrays) for arrays in zip(*taken, strict=True)))
-    return summarise(scored, evaluation_set.texts, limit)
+    found = summarise(scored, evaluation_set.texts, limit)
+    return found.model_copy(update={"clear_of_limit": _settled(scored.kept, limit)}) if sliced else found
 
 
 def _settled(kept: NDArray[np.float64], limit: float) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.laboratory import Laboratory, open_laboratory, save
-from open_autoglm.bracket import after_evaluation, after_screening, final_contest, race_contest
+from open_autoglm.bracket import after_evaluation, after_screening, best_go_on, final_contest, race_contest
 from open_autoglm.heats import Contest, run_stage
 from open_autoglm.measure.comparison import compare
 from open_autoglm.measure.racing import Rules
@@ -71,11 +71,11 @@ def run_race_arm(
         generations.append([screen_trial(bench, files[c.id], reference, settings) for c in able])
         candidates = next_generation(generations, analysis, bench.spec)
     trials = after_screening([t for generation in generations for t in generation], bench.spec)
-    if (contest := race_contest(trials, bench.spec)) is not None:
-        trials = _updated(trials, run_stage(bench, "race", contest, settings)[0])
     trials = [evaluate_trial(bench, trial, reference, settings) for trial in trials]
     trials = after_evaluation(trials, bench.spec)
-    contest = final_contest(trials, bench.spec)
+    if (contest := race_contest(trials, bench.spec)) is not None:
+        trials = _updated(trials, run_stage(bench, "race", contest, settings)[0])
+    contest = final_contest(best_go_on(trials, bench.spec), bench.spec)
     assert contest is not None, "nothing keeps the quality asked for"
     finalists, _ = run_stage(bench, "final", contest, settings)
     return quickest(laboratory, finalists), sum(map(len, generations))

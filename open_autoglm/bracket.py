@@ -42,31 +42,11 @@ def _may_fall(trial: Trial) -> bool:
 
 
 def after_evaluation(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
-    """The trials, those stopped that lose too much quality by all that was scored, and those that are too
-    many for the final where no race was held."""
-    return _best_go_on(_that_keep_quality(trials, spec), spec)
-
-
-def _best_go_on(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
-    ranked = sorted((t for t in trials if _may_fall(t)), key=lambda trial: _standing(trial, spec))
-    falls = {
-        trial.id: Fall(stage="evaluation", reason=f"place {place}, and the best {FINALISTS} go on")
-        for place, trial in enumerate(ranked, start=1)
-        if place > FINALISTS and not trial.candidate.incumbent
-    }
-    return [t.model_copy(update=fallen(falls[t.id])) if t.id in falls else t for t in trials]
-
-
-def _that_keep_quality(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
+    """The trials, those stopped that lose too much quality by all that was scored."""
     judged = []
     for trial in trials:
         quality = trial.quality
-        if (
-            not _may_fall(trial)
-            or trial.candidate.incumbent
-            or quality is None
-            or _keeps_quality(trial, spec)
-        ):
+        if not _may_fall(trial) or quality is None or _keeps_quality(trial, spec):
             judged.append(trial)
             continue
         decided = f"{quality.worse_path} path, {quality.worse.tokens} tokens"
@@ -74,6 +54,17 @@ def _that_keep_quality(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Tria
         fall = Fall(stage="evaluation", reason=f"misses {miss.sentence()}")
         judged.append(trial.model_copy(update={**fallen(fall), "misses": (miss,)}))
     return judged
+
+
+def best_go_on(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
+    """The trials, those stopped that are too many for the final, where no race has chosen."""
+    ranked = sorted((t for t in trials if _may_fall(t)), key=lambda trial: _standing(trial, spec))
+    falls = {
+        trial.id: Fall(stage="race", reason=f"place {place} of {len(ranked)}, and {FINALISTS} go on")
+        for place, trial in enumerate(ranked, start=1)
+        if place > FINALISTS and not trial.candidate.incumbent
+    }
+    return [t.model_copy(update=fallen(falls[t.id])) if t.id in falls else t for t in trials]
 
 
 def recall(trials: Sequence[Trial]) -> list[Trial]:
@@ -147,7 +138,6 @@ def race_contest(trials: Sequence[Trial], spec: OptimizeSpec) -> Contest | None:
         most_heats=RACE_HEATS,
         budget_s=spec.timing_budget_s / 2,
         keep=FINALISTS,
-        leaders=frozenset(trial.id for trial in entrants if _keeps_quality(trial, spec)),
         fit=_within_time(spec),
         on_heat=_tell,
     )

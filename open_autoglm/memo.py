@@ -8,12 +8,13 @@ Change one and only what depends on it is run again.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from open_autoglm.export.routes import library_versions
-from open_autoglm.files import digest_of, sha256_file, write_atomic
+from open_autoglm.files import digest_of, file_lock, sha256_file, write_atomic
 from open_autoglm.schemas import Model
 from open_autoglm.settings import Settings
 
@@ -39,6 +40,10 @@ class Memo:
             return kind.model_validate_json(path.read_bytes())
         except ValueError:  # another version's: it is measured again
             return None
+
+    def lock(self, key: str) -> AbstractContextManager[None]:
+        """Held while a result is looked up and made, so that nobody makes it twice."""
+        return file_lock(self._path(key).with_suffix(".lock"))
 
     def put(self, key: str, result: Model) -> None:
         write_atomic(self._path(key), result.model_dump_json())

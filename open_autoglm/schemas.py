@@ -479,7 +479,7 @@ class Screening(Model):
     prompt_tokens: int
     output_tokens: int
     rounds: tuple[Round, ...]
-    estimated_e2e_ms: float = Field(description="short rounds scaled to the workload's lengths; ranks only")
+    estimated_e2e_ms: float = Field(description="short rounds scaled to the output length; ranks only")
     facts: dict[str, str]
 
 

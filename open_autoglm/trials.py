@@ -43,7 +43,8 @@ _MEMORY_SHARE = 0.9
 SLICE_WINDOWS = 1
 """Windows of each text that the screening reads; enough to see that an engine is hopeless."""
 
-SHORT_PROMPT_TOKENS, SHORT_OUTPUT_TOKENS, SHORT_ROUNDS = 128, 16, 3
+SHORT_OUTPUT_TOKENS, SHORT_ROUNDS = 16, 3
+"""The screening's rounds have the workload's prompts: compiled engines would compile again for others."""
 
 
 class Bench(Model):
@@ -212,10 +213,10 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
             footprint=first.footprint,
             load_ms=load_ms,
             first_request_ms=first.first_request_ms,
-            prompt_tokens=min(SHORT_PROMPT_TOKENS, bench.workload.prompt_tokens),
+            prompt_tokens=bench.workload.prompt_tokens,
             output_tokens=min(SHORT_OUTPUT_TOKENS, bench.workload.output_tokens),
             rounds=tuple(rounds),
-            estimated_e2e_ms=_estimate_e2e_ms(bench.workload, rounds[1:]),
+            estimated_e2e_ms=_estimate_e2e_ms(bench.workload, rounds),
             facts=first.facts,
         ),
         quality=quality,
@@ -223,20 +224,15 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
 
 
 def short_jobs(workload: Workload) -> list[jobs.RoundJob]:
-    """One round to get used to the shape, then those that count."""
-    prompt = min(SHORT_PROMPT_TOKENS, workload.prompt_tokens)
+    """Rounds with the workload's prompts and few new tokens; the session has answered a request before."""
     output = min(SHORT_OUTPUT_TOKENS, workload.output_tokens)
-    return [
-        jobs.RoundJob(index=index, prompt_tokens=prompt, output_tokens=output)
-        for index in range(SHORT_ROUNDS + 1)
-    ]
+    return [jobs.RoundJob(index=index, output_tokens=output) for index in range(SHORT_ROUNDS)]
 
 
 def _estimate_e2e_ms(workload: Workload, rounds: list[Round]) -> float:
-    """Prefill grows with the prompt, decode with the output: good enough to tell the hopeless."""
+    """As if all tokens took as long as the first few: good enough to tell the hopeless."""
     best = min(rounds, key=lambda r: r.e2e_ms[0])
-    longer = workload.prompt_tokens / min(SHORT_PROMPT_TOKENS, workload.prompt_tokens)
-    return best.ttft_ms[0] * longer + best.tpot_ms[0] * (workload.output_tokens - 1)
+    return best.ttft_ms[0] + best.tpot_ms[0] * (workload.output_tokens - 1)
 
 
 def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:
@@ -247,16 +243,17 @@ def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settin
         return trial
     log = bench.study.log_path(f"{trial.id}-quality")
     assert not isinstance(reference, Failure), "without a reference nothing is screened"
-    memo, key = Memo(settings, "quality"), key_of("quality", *_quality_inputs(bench, trial))
-    report = memo.get(key, QualityReport)
-    if report is None:
-        try:
-            report = _evaluate(bench, trial, reference, log, settings)
-        except Stopped as stopped:
-            return fail_trial(bench.study, trial, "quality", stopped.failure, log)
-        memo.put(key, report)
-    else:
-        trial = reused(trial, "quality")
+    memo, key = Memo(settings, "quality"), key_of("quality", *_outputs(bench, trial, quality))
+    with memo.lock(key):  # its twin may be at it
+        report = memo.get(key, QualityReport)
+        if report is None:
+            try:
+                report = _evaluate(bench, trial, reference, log, settings)
+            except Stopped as stopped:
+                return fail_trial(bench.study, trial, "quality", stopped.failure, log)
+            memo.put(key, report)
+        else:
+            trial = reused(trial, "quality")
     announce(f"{trial.id}: keeps {report.ratio:.2%} of the reference's quality ({report.worse_path})")
     return save_trial(bench.study, trial.model_copy(update={"quality": report}))
 
@@ -338,6 +335,24 @@ def configuration(candidate: Candidate) -> Mapping[str, Any]:
 
 def _quality_inputs(bench: Bench, trial: Trial) -> list[Any]:
     return [*inputs_of(bench, trial), bench.evaluation_set.sha256, bench.spec.min_quality]
+
+
+def _outputs(bench: Bench, trial: Trial, slice_: QualityReport) -> list[Any]:
+    """What a full judgement depends on. Candidates with the same files, such as those that differ in
+    threads, and with the same perplexities on the slice to the last bit compute the same: one is judged."""
+    exact = [
+        (path.perplexity, path.kl_divergence, path.top1_agreement) for path in (slice_.prefill, slice_.decode)
+    ]
+    return [
+        trial.engine,
+        exported_of(trial).digest,
+        bench.checkpoint.digest,
+        bench.options().model_dump(),
+        bench.evaluation_set.sha256,
+        bench.spec.min_quality,
+        bench.hardware.fingerprint,
+        exact,
+    ]
 
 
 def exported_of(trial: Trial) -> ExportedModel:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from prefect import task
 
-from open_autoglm.bracket import after_evaluation, after_screening, final_contest, race_contest, recall
+from open_autoglm.bracket import (
+    after_evaluation,
+    after_screening,
+    best_go_on,
+    final_contest,
+    race_contest,
+    recall,
+)
 from open_autoglm.conclusion import Standings
 from open_autoglm.files import write_atomic
 from open_autoglm.heats import run_stage
@@ -46,22 +53,29 @@ def screen(trial: Trial, bench: Bench, reference: Path | Failure) -> Trial:
 
 
 @task
-def race(bench: Bench, standings: Standings) -> Standings:
-    """Interleaved heats among those the screening leaves, until few enough are left for the final."""
-    standings = standings.model_copy(update={"trials": tuple(after_screening(standings.trials, bench.spec))})
-    contest = race_contest(standings.trials, bench.spec)
+def shortlist(bench: Bench, standings: Standings) -> Standings:
+    """Without those that the screening shows to be hopeless."""
+    return standings.model_copy(update={"trials": tuple(after_screening(standings.trials, bench.spec))})
+
+
+@task
+def race(bench: Bench, standings: Standings, judged: list[Trial]) -> Standings:
+    """Interleaved heats among those that keep the quality, until few enough are left for the final."""
+    trials = after_evaluation(judged, bench.spec)
+    standings = standings.model_copy(update={"trials": tuple(trials)})
+    contest = race_contest(trials, bench.spec)
     if contest is not None:
         announce(f"race: {', '.join(contest.contestants)}")
         run, held = run_stage(bench, "race", contest, Settings())
         standings = standings.after(held, run)
     unit_done(bench.study)
-    return standings.model_copy(update={"trials": tuple(recall(standings.trials))})
+    trials = recall(best_go_on(standings.trials, bench.spec))
+    return standings.model_copy(update={"trials": tuple(trials)})
 
 
 @task
-def final(bench: Bench, standings: Standings, judged: list[Trial]) -> Standings:
+def final(bench: Bench, standings: Standings) -> Standings:
     """Interleaved rounds of the finalists, the baseline, the incumbent, and a twin of the best."""
-    standings = standings.model_copy(update={"trials": tuple(after_evaluation(judged, bench.spec))})
     contest = final_contest(standings.trials, bench.spec)
     if contest is not None:
         announce(f"final: {', '.join(contest.contestants)}")

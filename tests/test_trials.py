@@ -123,7 +123,7 @@ def test_a_first_look_finds_memory_quality_and_short_rounds(name: str, screened:
     assert trial.screening.load_ms > 0
     assert trial.screening.first_request_ms > 0
     assert (trial.screening.prompt_tokens, trial.screening.output_tokens) == (32, 8)
-    assert [turn.index for turn in trial.screening.rounds] == list(range(SHORT_ROUNDS + 1))
+    assert [turn.index for turn in trial.screening.rounds] == list(range(SHORT_ROUNDS))
     assert all(turn.output_tokens == (8,) for turn in trial.screening.rounds)
     assert trial.screening.estimated_e2e_ms > 0
     assert trial.screening.facts

@@ -59,12 +59,11 @@ class FirstRequest(Model):
 
 
 class RoundJob(Model):
-    """Payload of :func:`timed_round`. Lengths, where given, shorten its requests."""
+    """Payload of :func:`timed_round`."""
 
     index: int
     warming: bool = Field(False, description="`index` counts warm-up turns, not the workload's rounds")
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
+    output_tokens: int | None = Field(None, description="ends each request early")
 
 
 class ScoreJob(Model):
@@ -148,10 +147,10 @@ def _requests_of(served: _Served, job: RoundJob) -> Requests:
     if job.warming:
         return (warmup_request(served.requests, job.index),)
     turn = job.index % len(served.requests)
-    if job.prompt_tokens is None or job.output_tokens is None:
+    if job.output_tokens is None:
         return served.requests[turn]
     # The longest first, so that a mix of lengths does not make the short rounds unequal.
-    return short(served.requests[served.longest[turn]], job.prompt_tokens, job.output_tokens)
+    return short(served.requests[served.longest[turn]], job.output_tokens)
 
 
 def score_session(job: ScoreJob) -> QualityReport:

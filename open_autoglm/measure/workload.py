@@ -230,8 +230,7 @@ def warmup_request(rounds: Sequence[Requests], turn: int) -> Request:
     return Request(chosen.tokens, chosen.output_tokens)
 
 
-def short(requests: Requests, prompt_tokens: int, output_tokens: int) -> Requests:
-    """The first request of a round, cut to at most these lengths (at least 1 and 2), without an arrival."""
+def short(requests: Requests, output_tokens: int) -> Requests:
+    """The first request of a round, without an arrival, for at most ``output_tokens`` (at least 2) tokens."""
     first = requests[0]
-    tokens = np.ascontiguousarray(first.tokens[:, :prompt_tokens])
-    return (Request(tokens, min(first.output_tokens, output_tokens)),)
+    return (Request(first.tokens, min(first.output_tokens, output_tokens)),)

@@ -17,6 +17,7 @@ from open_autoglm.bracket import (
     RACE_HEATS,
     after_evaluation,
     after_screening,
+    best_go_on,
     final_contest,
     race_contest,
     recall,
@@ -142,7 +143,8 @@ def test_who_failed_or_was_vetoed_stays_as_it_is() -> None:
 
 
 def test_who_loses_too_much_quality_in_full_falls_before_the_final() -> None:
-    """By all that was scored, clear of the limit or not; a yardstick is timed all the same."""
+    """By all that was scored, clear of the limit or not; the baseline and, recalled, the incumbent are timed
+    all the same."""
     field = [
         trial("near", kept=0.985, clear=False),
         trial("fine"),
@@ -152,12 +154,22 @@ def test_who_loses_too_much_quality_in_full_falls_before_the_final() -> None:
     ]
     judged = after_evaluation(field, spec(min_quality=0.99))
     assert fallen(judged) == {
-        "near": "evaluation: misses min_quality: 0.985 < 0.990 (prefill path, 768 tokens)"
+        "near": "evaluation: misses min_quality: 0.985 < 0.990 (prefill path, 768 tokens)",
+        "served": "evaluation: misses min_quality: 0.900 < 0.990 (prefill path, 768 tokens)",
     }
+    assert set(fallen(recall(judged))) == {"near"}
     assert judged[0].fall is not None
     assert judged[0].fall.stage == "evaluation"
     assert [miss.limit for miss in judged[0].misses] == ["min_quality"]
-    assert judged[1:] == field[1:]
+    assert [judged[i] for i in (1, 2, 4)] == [field[i] for i in (1, 2, 4)]
+
+
+def test_without_a_race_the_best_go_on_by_what_the_screening_saw() -> None:
+    """As for the objective memory; whoever is left out has a reason, and the incumbent stays."""
+    field = [trial(f"t{n}", rss_mb=100 + n) for n in range(4)]
+    field.append(trial("served", rss_mb=900, incumbent=True))
+    judged = best_go_on(field, spec(objective="memory"))
+    assert fallen(judged) == {"t3": "race: place 4 of 5, and 3 go on"}
 
 
 # ── the incumbent ────────────────────────────────────────────────────────────────────────────────

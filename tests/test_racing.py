@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,6 +19,7 @@ from open_autoglm.measure.racing import (
     Outcome,
     Rules,
     Stage,
+    balanced_orders,
     run_race,
 )
 from open_autoglm.schemas import Conditions, Round
@@ -51,6 +53,20 @@ def race(
     true_ms = {name.replace("_twin", "~twin"): ms for name, ms in true_ms.items()}
     host = SimulatedHost(true_ms, noise, seed)
     return run_race(stage, tuple(true_ms), host, replace(rules, clock=host.clock))
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_orders_are_balanced(count: int) -> None:
+    """Each contestant at each place, and right behind each other one, equally often; mirrored in pairs."""
+    names = "abcdefg"[:count]
+    orders = balanced_orders(names)
+    places = Counter((place, name) for order in orders for place, name in enumerate(order))
+    followers = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(places) == count * count
+    assert len(set(places.values())) == 1
+    assert len(followers) == count * (count - 1)
+    assert len(set(followers.values())) <= 1
+    assert all(mirrored == order[::-1] for order, mirrored in zip(orders[::2], orders[1::2], strict=False))
 
 
 def recorded(rules: Rules, **wishes: object) -> tuple[Recorder, Outcome]:

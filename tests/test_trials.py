@@ -144,10 +144,10 @@ def test_a_screened_trial_is_kept_in_its_study(bench: Bench, screened: dict[str,
 
 
 def test_short_rounds_are_no_longer_than_the_workload(bench: Bench) -> None:
-    """A long request is cut, a short one stays, and the first round only gets used to the shape."""
-    longer = bench.workload.model_copy(update={"prompt_tokens": 4096, "output_tokens": 500})
-    assert {(job.prompt_tokens, job.output_tokens) for job in short_jobs(longer)} == {(128, 16)}
-    assert {(job.prompt_tokens, job.output_tokens) for job in short_jobs(bench.workload)} == {(32, 8)}
+    """A long answer is cut, a short one stays; the prompts are the workload's own."""
+    longer = bench.workload.model_copy(update={"output_tokens": 500})
+    assert {job.output_tokens for job in short_jobs(longer)} == {16}
+    assert {job.output_tokens for job in short_jobs(bench.workload)} == {8}
 
 
 # ── what is kept ─────────────────────────────────────────────────────────────────────────────────
@@ -313,6 +313,25 @@ def test_what_the_slice_left_unclear_is_judged_in_full_once(
     again = evaluate_trial(bench, trial, reference, home)
     assert again.quality == judged.quality
     assert again.reused[-1] == "quality"
+
+
+def test_the_same_files_with_the_same_output_are_judged_once(
+    bench: Bench, home: Settings, reference: Path, screened: dict[str, Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads, the same result on the slice: the report is shared; another output is judged anew."""
+    trial = sliced(screened["onnxruntime-fp32"], clear=False)
+    judged = evaluate_trial(bench, trial, reference, home)
+    fewer = trial.candidate.model_copy(
+        update={"id": "other-t1", "knobs": {**trial.candidate.knobs, "threads": 1}}
+    )
+    twin = trial.model_copy(update={"id": "other-t1", "candidate": fewer})
+    monkeypatch.setattr(trials, "Conversation", None)  # a child would raise
+    assert evaluate_trial(bench, twin, reference, home).quality == judged.quality
+    assert twin.quality is not None
+    differs = twin.quality.prefill.model_copy(update={"perplexity": twin.quality.prefill.perplexity * 1.001})
+    other = twin.model_copy(update={"quality": twin.quality.model_copy(update={"prefill": differs})})
+    with pytest.raises(TypeError):
+        evaluate_trial(bench, other, reference, home)
 
 
 # ── the reference ────────────────────────────────────────────────────────────────────────────────

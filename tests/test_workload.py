@@ -218,8 +218,9 @@ def test_warm_up_visits_every_length_once_and_stays_with_the_usual_one() -> None
 
 
 def test_a_short_round_is_one_cut_request_at_once() -> None:
-    """Lengths are cut where they are longer, and the queue of a server round is left out."""
-    (cut,) = short((request(50, 9), request(60, 9)), prompt_tokens=20, output_tokens=100)
-    assert cut.lengths == (20, 9)
+    """The answer is cut where it is longer, and the queue of a server round is left out."""
+    (cut,) = short((request(50, 9), request(60, 9)), output_tokens=4)
+    (whole,) = short((request(50, 9),), output_tokens=100)
+    assert (cut.lengths, whole.lengths) == ((50, 4), (50, 9))
     assert cut.tokens.flags.c_contiguous
     assert cut.arrival_ms == 0

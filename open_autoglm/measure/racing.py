@@ -1,7 +1,7 @@
 """Interleaved heats: everyone runs the same round side by side, and the hopeless leave early.
 
-In even heats contestants run in the order given, in odd heats in reverse (ABBA), so a drift of the
-host hits all alike. A race drops whoever a paired test shows to be slower than the leader; a final
+Every second heat mirrors the one before (ABBA), so a drift of the host hits all alike, and over the heats
+each contestant runs right after each other one equally often (:func:`balanced_orders`). A race drops whoever a paired test shows to be slower than the leader; a final
 drops nobody and runs until its comparisons are narrow enough. Nothing is timed here: a runner does it.
 """
 
@@ -115,6 +115,24 @@ def _counted(rounds: Sequence[Round]) -> tuple[Round, ...]:
     return tuple(r for r in rounds if not r.repeated)
 
 
+def balanced_orders(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Orders of ``names`` in which each stands at each place, and right behind each other one, equally often;
+    every second is the mirror of the one before.
+
+    What ran before leaves its mark on the caches and the clock: in plain ABBA of five, two processes of one
+    candidate differed by 3.6 %, because one of them always ran after a slow engine. This is the design of
+    Williams (*Australian Journal of Scientific Research* A 2, 1949): as many orders as names, or twice as
+    many for an odd number.
+    """
+    count = len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    rows = [tuple(names[(shift + step) % count] for step in zigzag) for shift in range(count)]
+    if count % 2:
+        return [order for row in rows for order in (row, row[::-1])]
+    half = count // 2  # the mirror of a row of an even design is the row half a turn on
+    return [order for first in range(half) for order in (rows[first], rows[first + half])] or [()]
+
+
 class _Heats:
     """A race under way. ``figures`` has one number per heat for each active contestant: these pair up."""
 
@@ -135,7 +153,8 @@ class _Heats:
     def run_one(self) -> None:
         """One round of everybody, then the judgement, then the report."""
         before = set(self._fallen)
-        order = tuple(self._active if len(self._orders) % 2 == 0 else reversed(self._active))
+        orders = balanced_orders(self._active)
+        order = orders[len(self._orders) % len(orders)]
         self._orders.append(order)
         for name in order:
             self._run_round(name)

@@ -1,8 +1,9 @@
 """Interleaved heats: everyone runs the same round side by side, and the hopeless leave early.
 
 Every second heat mirrors the one before (ABBA), so a drift of the host hits all alike, and over the heats
-each contestant runs right after each other one equally often (:func:`balanced_orders`). A race drops whoever a paired test shows to be slower than the leader; a final
-drops nobody and runs until its comparisons are narrow enough. Nothing is timed here: a runner does it.
+each contestant runs right after each other one equally often (:func:`balanced_orders`). A race drops
+whoever a paired test shows to be slower than the leader; a final drops nobody and runs until its
+comparisons are narrow enough. Nothing is timed here: a runner does it.
 """
 
 from __future__ import annotations

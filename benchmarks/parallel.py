@@ -20,7 +20,7 @@ from benchmarks.laboratory import Laboratory, open_laboratory, save, unscreened
 from open_autoglm.heats import Contest, Residents
 from open_autoglm.measure.comparison import compare
 from open_autoglm.measure.isolation import Failure
-from open_autoglm.measure.racing import Rules
+from open_autoglm.measure.racing import REPEATS_PER_HEAT, Rules
 from open_autoglm.measure.scenarios import figure_of
 from open_autoglm.schemas import Comparison, Round, Trial
 
@@ -72,11 +72,13 @@ def measure(
     return alone, beside
 
 
-def _round(residents: Residents, trial: Trial, index: int) -> Round:
+def _round(residents: Residents, trial: Trial, index: int, attempts: int = REPEATS_PER_HEAT + 1) -> Round:
+    """One round, run again if it was disturbed, as in a final."""
     result = residents(trial.id, index)
     if isinstance(result, Failure):
         raise SystemExit(f"{trial.id}: {result.reason}")
-    return result
+    disturbed = result.conditions.disturbances and attempts > 1
+    return _round(residents, trial, index, attempts - 1) if disturbed else result
 
 
 def _other_study(laboratory: Laboratory, home: Path) -> subprocess.Popen[bytes]:

@@ -6,6 +6,7 @@ from prefect import task
 
 from open_autoglm import search
 from open_autoglm.export.store import check_disk
+from open_autoglm.measure.lease import preparing
 from open_autoglm.planning import plan, resolve_device
 from open_autoglm.progress import announce
 from open_autoglm.roofline import analyze
@@ -16,7 +17,8 @@ from open_autoglm.settings import Settings
 @task
 def analyse(checkpoint: Checkpoint, spec: OptimizeSpec, hardware: Hardware) -> Analysis:
     """Read the structure without loading weights and say what binds each phase."""
-    analysis = analyze(checkpoint, spec, hardware)
+    with preparing():
+        analysis = analyze(checkpoint, spec, hardware)
     for phase in ("prefill", "decode"):
         bound = analysis.bound(phase, "fp32")
         announce(f"analyze: {phase} is bound by {bound.binds}, {bound.bound_ms:.0f} ms in fp32")

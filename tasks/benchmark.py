@@ -18,6 +18,7 @@ from open_autoglm.conclusion import Standings
 from open_autoglm.files import write_atomic
 from open_autoglm.heats import run_stage
 from open_autoglm.measure.isolation import Failure
+from open_autoglm.measure.lease import preparing
 from open_autoglm.measure.workload import make_workload
 from open_autoglm.progress import announce
 from open_autoglm.quality.reference import make_evaluation_set
@@ -31,14 +32,15 @@ from tasks.progress import unit_done
 @task
 def prepare_bench(study: StudyRef, spec: OptimizeSpec, checkpoint: Checkpoint, hardware: Hardware) -> Bench:
     """Draw the prompts all candidates are timed on and the texts they are judged on."""
-    bench = Bench(
-        study=study,
-        spec=spec,
-        checkpoint=checkpoint,
-        hardware=hardware,
-        workload=make_workload(checkpoint, spec, study.root / "workload.npz"),
-        evaluation_set=make_evaluation_set(checkpoint, spec, study.root / "evaluation.npy"),
-    )
+    with preparing():
+        bench = Bench(
+            study=study,
+            spec=spec,
+            checkpoint=checkpoint,
+            hardware=hardware,
+            workload=make_workload(checkpoint, spec, study.root / "workload.npz"),
+            evaluation_set=make_evaluation_set(checkpoint, spec, study.root / "evaluation.npy"),
+        )
     # What `open-autoglm reproduce` needs to run one trial again.
     write_atomic(study.root / "bench.json", bench.model_dump_json(indent=1))
     return bench

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import task
 
 from open_autoglm.hardware import probe_hardware
+from open_autoglm.measure.lease import preparing
 from open_autoglm.planning import load_model
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Checkpoint, Hardware, OptimizeSpec
@@ -18,7 +19,8 @@ from open_autoglm.study import StudyRef, open_study
 def load(spec: OptimizeSpec) -> Checkpoint:
     """Validate the checkpoint: config, safetensors, tokenizer, digest."""
     announce(f"load: {spec.model_path}")
-    return load_model(spec, Settings())
+    with preparing():
+        return load_model(spec, Settings())
 
 
 @task

@@ -12,6 +12,7 @@ from open_autoglm import search
 from open_autoglm.conclusion import Standings, conclude, deliver
 from open_autoglm.incumbent import find_incumbent
 from open_autoglm.measure.isolation import Failure
+from open_autoglm.measure.lease import preparing
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Analysis, OptimizeSpec, Study, Trial
 from open_autoglm.settings import Settings
@@ -31,7 +32,8 @@ def tracker() -> Tracker:
 @task(retries=2, retry_delay_seconds=[1, 5])
 def begin_record(study: StudyRef, spec: OptimizeSpec, checkpoint_name: str) -> str:
     """The study's MLflow run, found again if the study is resumed."""
-    return tracker().start_study(spec, study.id, registered_name(spec, checkpoint_name))
+    with preparing():
+        return tracker().start_study(spec, study.id, registered_name(spec, checkpoint_name))
 
 
 @task
@@ -52,8 +54,9 @@ def admit_incumbent(
 @task(retries=2, retry_delay_seconds=[1, 5])
 def register(bench: Bench, analysis: Analysis, standings: Standings, mlflow_run_id: str) -> Study:
     """Choose, gate, bundle, register, report. Idempotent, so a retry does no harm."""
-    study = deliver(conclude(bench, analysis, standings), tracker(), mlflow_run_id)
-    publish(study)
+    with preparing():
+        study = deliver(conclude(bench, analysis, standings), tracker(), mlflow_run_id)
+        publish(study)
     unit_done(bench.study)
     announce(f"verdict: {study.verdict.kind} {study.champion or ''}".rstrip())
     return study

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,15 @@ def _plan(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis,
 
 def _analyse(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis]:
     from open_autoglm.hardware import probe_hardware
+    from open_autoglm.measure.lease import preparing
     from open_autoglm.planning import load_model
     from open_autoglm.roofline import analyze
 
-    checkpoint = load_model(spec, settings)
-    return checkpoint, analyze(checkpoint, spec, probe_hardware(settings.home / "hardware"))
+    with preparing():
+        checkpoint = load_model(spec, settings)
+    hardware = probe_hardware(settings.home / "hardware")
+    with preparing():
+        return checkpoint, analyze(checkpoint, spec, hardware)
 
 
 def _planned(
@@ -160,6 +165,7 @@ def _planned(
 def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
     from open_autoglm.cli.prefect_server import prefect_server
     from open_autoglm.measure.isolation import stop_children
+    from open_autoglm.measure.lease import preparing
     from open_autoglm.progress import LOGGER
 
     _show_progress()
@@ -171,8 +177,10 @@ def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    with prefect_server(settings):
-        from flows.optimize import optimize
+    with ExitStack() as running:
+        with preparing():
+            running.enter_context(prefect_server(settings))
+            from flows.optimize import optimize
 
         study: Study = optimize(spec)
         for handler in logging.getLogger(LOGGER).handlers:

@@ -25,6 +25,15 @@ def lease_directory() -> Path:
 
 
 @contextmanager
+def preparing() -> Iterator[None]:
+    """Hold the CPU together with other preparations: for work in this process that a timed round elsewhere
+    would feel, such as starting a server or writing a report. Never nested: who waits for the device alone
+    would wait for the outer hold, and the inner one for them."""
+    with device_lease("cpu", alone=False):
+        yield
+
+
+@contextmanager
 def device_lease(device: Device, *, alone: bool) -> Iterator[None]:
     """Hold ``device`` alone (for timing) or together with other preparations.
 

@@ -48,7 +48,7 @@ fmt: $(READY) ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: bench-trust bench-processes bench-parallel bench-race ## All benchmarks (an hour on two quiet cores)
+bench: bench-trust bench-processes bench-parallel bench-race ## All benchmarks, one after the other: leave the machine alone meanwhile
 
 bench-trust: $(READY) ## How often the method errs, with simulated engines (2 minutes)
 	$(BIN)/python -m benchmarks.trust --repeats 1000 --json benchmarks/results/trust.json
@@ -56,10 +56,10 @@ bench-trust: $(READY) ## How often the method errs, with simulated engines (2 mi
 bench-processes: $(READY) $(DEMO)/config.json ## How much processes of one candidate differ here (3 minutes)
 	$(BIN)/python -m benchmarks.processes $(DEMO)
 
-bench-parallel: $(READY) $(DEMO)/config.json ## Are figures taken beside another study those taken alone? (5 minutes)
+bench-parallel: $(READY) $(DEMO)/config.json ## Are figures taken beside another study those taken alone? (10 minutes or more)
 	$(BIN)/python -m benchmarks.parallel $(DEMO)
 
-bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid (about 50 minutes)
+bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid (long)
 	$(BIN)/python -m benchmarks.race_vs_grid $(DEMO)
 
 $(DEMO)/config.json: $(READY)

@@ -120,10 +120,9 @@ def balanced_orders(names: Sequence[str]) -> list[tuple[str, ...]]:
     """Orders of ``names`` in which each stands at each place, and right behind each other one, equally often;
     every second is the mirror of the one before.
 
-    What ran before leaves its mark on the caches and the clock: in plain ABBA of five, two processes of one
-    candidate differed by 3.6 %, because one of them always ran after a slow engine. This is the design of
-    Williams (*Australian Journal of Scientific Research* A 2, 1949): as many orders as names, or twice as
-    many for an odd number.
+    What ran before may leave its mark on caches and clock, and in plain ABBA of more than two the same one
+    always runs before. This is the design of Williams (*Australian Journal of Scientific Research* A 2,
+    1949): as many orders as names, or twice as many for an odd number.
     """
     count = len(names)
     zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]

@@ -16,6 +16,7 @@ from open_autoglm.hardware import read_memory
 from open_autoglm.measure import jobs
 from open_autoglm.measure.isolation import Answer, Child, Failure
 from open_autoglm.measure.lease import device_lease
+from open_autoglm.measure.scenarios import LEAD_IN_TOKENS
 from open_autoglm.memo import Memo, key_of
 from open_autoglm.progress import announce
 from open_autoglm.quality.reference import EvaluationSet
@@ -60,7 +61,8 @@ class Bench(Model):
     def options(self) -> SessionOptions:
         """One cache size for timing and scoring, so that both run the same kernels."""
         request = self.workload.prompt_tokens + self.workload.output_tokens
-        longest = max(request, self.evaluation_set.layout.window_tokens)
+        timed = min(request + LEAD_IN_TOKENS, self.checkpoint.context_tokens)
+        longest = max(timed, self.evaluation_set.layout.window_tokens)
         return SessionOptions(
             batch_size=self.workload.batch_size, max_tokens=longest, threads=self.hardware.cores
         )

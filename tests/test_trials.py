@@ -14,6 +14,7 @@ from studies import demo_analysis, demo_hardware
 
 from open_autoglm import trials
 from open_autoglm.measure.isolation import Failure
+from open_autoglm.measure.scenarios import LEAD_IN_TOKENS
 from open_autoglm.measure.workload import make_workload
 from open_autoglm.schemas import Candidate, OptimizeSpec, Trial
 from open_autoglm.settings import Settings
@@ -375,8 +376,17 @@ def test_timing_and_scoring_open_the_same_session(bench: Bench) -> None:
     options = bench.options()
     assert options.max_tokens == bench.evaluation_set.layout.window_tokens > 32 + 8
     assert options.threads == demo_hardware().cores
-    longer = bench.workload.model_copy(update={"prompt_tokens": 4096})
-    assert bench.model_copy(update={"workload": longer}).options().max_tokens == 4096 + 8
+
+
+def test_the_cache_has_room_for_the_lead_in_as_far_as_the_context_goes(bench: Bench) -> None:
+    context = bench.checkpoint.context_tokens
+
+    def room(prompt_tokens: int) -> int:
+        workload = bench.workload.model_copy(update={"prompt_tokens": prompt_tokens, "output_tokens": 8})
+        return bench.model_copy(update={"workload": workload}).options().max_tokens
+
+    assert room(context - 100) == context - 100 + 8 + LEAD_IN_TOKENS
+    assert room(context - 10) == room(context - 8) == context
 
 
 def test_fewer_threads_get_fewer_cores(monkeypatch: pytest.MonkeyPatch) -> None:

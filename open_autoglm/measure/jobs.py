@@ -14,8 +14,8 @@ from pydantic import Field
 from open_autoglm import engines
 from open_autoglm.engines.contract import Session, SessionOptions
 from open_autoglm.measure.memory import FootprintWatch
-from open_autoglm.measure.scenarios import run_round
-from open_autoglm.measure.workload import Requests, load_rounds, short, warmup_request
+from open_autoglm.measure.scenarios import lead_in, run_round
+from open_autoglm.measure.workload import Request, Requests, load_rounds, short, warmup_request
 from open_autoglm.quality.metrics import score
 from open_autoglm.quality.reference import EvaluationSet, compute_reference
 from open_autoglm.schemas import (
@@ -104,6 +104,19 @@ class _Served:
         self.session: Session = engine.open(job.candidate, job.exported, job.options)
         self.load_ms = (time.perf_counter() - started) * 1e3
 
+        self._last: Request | None = None
+
+    def run(self, requests: Requests, index: int) -> Round:
+        """One timed round."""
+        turn = run_round(self.session, requests, index)
+        self._last = requests[-1]
+        return turn
+
+    def lead_in(self) -> None:
+        """Go on, untimed, where the last request ended; the cache has room for doing so once."""
+        assert self._last is not None, "first_request comes before the rounds that count"
+        lead_in(self.session, self._last.tokens, self.options.max_tokens - sum(self._last.lengths))
+
     def _length(self, index: int) -> int:
         """Tokens of a round's first request, prompt and output."""
         return sum(self.requests[index][0].lengths)
@@ -129,7 +142,7 @@ def first_request(_: Nothing) -> FirstRequest:
     served = _the_session()
     longest = served.longest[0]
     started = time.perf_counter()
-    run_round(served.session, served.requests[longest][:1], longest)
+    served.run(served.requests[longest][:1], longest)
     elapsed_ms = (time.perf_counter() - started) * 1e3
     facts = served.session.facts()
     device = facts.get("peak_device_bytes")
@@ -140,7 +153,9 @@ def first_request(_: Nothing) -> FirstRequest:
 def timed_round(job: RoundJob) -> Round:
     """Run the workload's round ``job.index``; it begins again when all its rounds are used."""
     served = _the_session()
-    return run_round(served.session, _requests_of(served, job), job.index)
+    if not job.warming and job.output_tokens is None:
+        served.lead_in()
+    return served.run(_requests_of(served, job), job.index)
 
 
 def _requests_of(served: _Served, job: RoundJob) -> Requests:

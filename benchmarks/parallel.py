@@ -1,9 +1,10 @@
 """Are figures taken while another study is at work the figures taken alone?
 
-``python -m benchmarks.parallel MODEL``: blocks of rounds of one candidate alone, then the same rounds while a
-second study (its own home, so it exports, loads, scores and times everything anew) runs in another process,
-in turn. Both share the device lease and nothing else. Reported is the paired change with its interval; the
-promise is that it lies within 3 %.
+``python -m benchmarks.parallel MODEL``: a second study (its own home, so it exports, loads, scores and times
+everything anew) runs in another process; both share the device lease and nothing else. Each time this one
+gets the device it runs a round, the other going on with whatever needs no device; then the other's processes
+are stopped (SIGSTOP) and the same round runs again, alone. The two are a second apart, so drift of the host
+cannot tell them apart. Reported is the paired change with its interval; promised is that it lies within 3 %.
 """
 
 from __future__ import annotations
@@ -14,107 +15,166 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple, Self
+
+import psutil
 
 from benchmarks.laboratory import Laboratory, open_laboratory, save, unscreened
-from open_autoglm.heats import Contest, Residents
 from open_autoglm.measure.comparison import compare
-from open_autoglm.measure.isolation import Failure
-from open_autoglm.measure.racing import REPEATS_PER_HEAT, Rules
-from open_autoglm.measure.scenarios import figure_of
-from open_autoglm.schemas import Comparison, Round, Trial
+from open_autoglm.measure.jobs import RoundJob
+from open_autoglm.measure.lease import device_lease
+from open_autoglm.measure.racing import REPEATS_PER_HEAT
+from open_autoglm.measure.scenarios import figure_of, warm_up
+from open_autoglm.schemas import Comparison, Round
+from open_autoglm.trials import Conversation
 
 PROMISE = 0.03
 METRICS = ("ttft_ms", "tpot_ms", "e2e_ms")
 RESULT = Path(__file__).parent / "results" / "parallel.json"
+STARTING_S = 8
+"""Until another study has begun to work."""
+
+
+class Pair(NamedTuple):
+    """The same requests, twice, a second apart."""
+
+    beside: Round
+    alone: Round
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.parallel", description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--candidate", default="onnxruntime-w8-b32")
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--json", type=Path, default=RESULT)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="autoglm-parallel-") as folder:
         laboratory = open_laboratory(asked.model, Path(folder) / "study", rounds=3)
-        alone, beside = measure(laboratory, asked.candidate, asked.blocks, asked.rounds, Path(folder))
-    found = [_change(metric, alone, beside) for metric in METRICS]
-    sys.stdout.write(_table(found, alone, beside))
-    raw = {"alone": _dump(alone), "beside": _dump(beside)}
-    save(asked.json, {"candidate": asked.candidate, "changes": [c.model_dump() for c in found], **raw})
+        pairs = measure(laboratory, asked.candidate, asked.pairs, Path(folder))
+    found = [_change(metric, pairs) for metric in METRICS]
+    sys.stdout.write(_table(found, pairs))
+    raw = [{side: _dump(taken) for side, taken in pair._asdict().items()} for pair in pairs]
+    save(asked.json, {"candidate": asked.candidate, "changes": [c.model_dump() for c in found], "pairs": raw})
 
 
-def measure(
-    laboratory: Laboratory, candidate_id: str, blocks: int, rounds: int, folder: Path
-) -> tuple[list[Round], list[Round]]:
-    """(rounds alone, the same rounds beside another study), block by block."""
+def measure(laboratory: Laboratory, candidate_id: str, count: int, folder: Path) -> list[Pair]:
+    """So many pairs; another study is begun whenever one ends."""
+    with _warm_child(laboratory, candidate_id) as talk:
+        pairs: list[Pair] = []
+        while len(pairs) < count:
+            with OtherStudy(laboratory, folder / f"home-{len(pairs)}") as other:
+                while len(pairs) < count and other.at_work:
+                    pairs.append(_pair(talk, other, index=len(pairs)))
+                    sys.stderr.write(f"\r{len(pairs)} of {count} pairs")
+        sys.stderr.write("\n")
+        return pairs
+
+
+@contextmanager
+def _warm_child(laboratory: Laboratory, candidate_id: str) -> Iterator[Conversation]:
+    """The candidate in a process of its own, as in a final."""
     candidate = next(c for c in laboratory.candidates() if c.id == candidate_id)
     trial = laboratory.exported(candidate).model_copy(update={"screening": unscreened()})
-    alone: list[Round] = []
-    beside: list[Round] = []
-    contest = Contest([trial], Rules(figure_of("e2e_ms"), "e2e_ms", 1, 1, 1))
-    with Residents(laboratory.bench, "final", contest, laboratory.settings) as residents:
-        residents.open_all([trial.id])
-        for block in range(blocks):
-            indexes = range(block * rounds, (block + 1) * rounds)
-            alone += [_round(residents, trial, index) for index in indexes]
-            other = _other_study(laboratory, folder / f"home-{block}")
-            try:
-                time.sleep(8)  # let it get to work
-                beside += [_round(residents, trial, index) for index in indexes]
-                if other.poll() is not None:
-                    raise SystemExit("the other study ended before the block did: it proves nothing")
-            finally:
-                other.terminate()
-                other.wait()
-    return alone, beside
+    bench = laboratory.bench
+    with Conversation(bench, trial, bench.study.log_path(trial.id), laboratory.settings) as talk:
+        talk.first_request()
+        warm_up(lambda turn: talk.ask("timed_round", RoundJob(index=turn, warming=True), Round))
+        yield talk
 
 
-def _round(residents: Residents, trial: Trial, index: int, attempts: int = REPEATS_PER_HEAT + 1) -> Round:
-    """One round, run again if it was disturbed, as in a final."""
-    result = residents(trial.id, index)
-    if isinstance(result, Failure):
-        raise SystemExit(f"{trial.id}: {result.reason}")
-    disturbed = result.conditions.disturbances and attempts > 1
-    return _round(residents, trial, index, attempts - 1) if disturbed else result
+def _pair(talk: Conversation, other: OtherStudy, index: int) -> Pair:
+    """A disturbed round is run again, as in a final: each with a hold of its own on the device."""
+    for attempts_left in reversed(range(REPEATS_PER_HEAT + 1)):
+        with device_lease("cpu", alone=True):
+            beside = _round(talk, index)
+            if not (beside.conditions.disturbances and attempts_left):
+                with other.stopped():
+                    return Pair(beside, _round(talk, index))
+    raise AssertionError("the last attempt counts, disturbed or not")
 
 
-def _other_study(laboratory: Laboratory, home: Path) -> subprocess.Popen[bytes]:
-    command = ["-m", "open_autoglm.cli", "optimize", f"--model-path={laboratory.bench.checkpoint.path}"]
-    with (home.parent / f"{home.name}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, *command, f"--output={home}-study", "--engines=onnxruntime"],
-            env={**os.environ, "AUTOGLM_HOME": str(home)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+def _round(talk: Conversation, index: int) -> Round:
+    return talk.ask("timed_round", RoundJob(index=index), Round)
 
 
-def _change(metric: str, alone: list[Round], beside: list[Round]) -> Comparison:
+class OtherStudy:
+    """A whole study in processes of its own, from nothing, that can be stopped for a while."""
+
+    def __init__(self, laboratory: Laboratory, home: Path) -> None:
+        model = f"--model-path={laboratory.bench.checkpoint.path}"
+        with home.with_suffix(".log").open("wb") as log:
+            self._process = psutil.Popen(
+                [sys.executable, "-m", "open_autoglm.cli", "optimize", model, f"--output={home}-study",
+                 "--engines=onnxruntime"],
+                env={**os.environ, "AUTOGLM_HOME": str(home)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    @property
+    def at_work(self) -> bool:
+        return self._process.poll() is None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Parents before children, so that nobody starts another meanwhile."""
+        held: list[psutil.Process] = []
+        waiting: list[psutil.Process] = [self._process]
+        while waiting:
+            process = waiting.pop()
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+                held.append(process)
+                waiting += process.children()
+        try:
+            yield
+        finally:
+            for process in held:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    def __enter__(self) -> Self:
+        time.sleep(STARTING_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def _change(metric: str, pairs: list[Pair]) -> Comparison:
     figure = figure_of(metric)
-    return compare(
-        "beside another study", "alone", metric, list(map(figure, beside)), list(map(figure, alone))
-    )
+    beside, alone = ([figure(taken) for taken in side] for side in zip(*pairs, strict=True))
+    return compare("beside another study", "alone", metric, beside, alone)
 
 
-def _table(found: list[Comparison], alone: list[Round], beside: list[Round]) -> str:
+def _table(found: list[Comparison], pairs: list[Pair]) -> str:
     lines = [
         "| metric | change beside another study | 95 % interval | pairs | promise kept |",
         "|---|---:|---:|---:|---|",
     ]
     for c in found:
         low, high = c.interval
-        kept = "yes" if abs(c.change) <= PROMISE else "no"
-        lines.append(f"| {c.metric} | {c.change:+.2%} | {low:+.2%} to {high:+.2%} | {c.pairs} | {kept} |")
-    disturbed = [sum(bool(r.conditions.disturbances) for r in rounds) for rounds in (alone, beside)]
-    lines.append(f"\nRounds marked as disturbed: {disturbed[0]} alone, {disturbed[1]} beside.\n")
+        lines.append(f"| {c.metric} | {c.change:+.2%} | {low:+.2%} to {high:+.2%} | {c.pairs} | {_kept(c)} |")
+    beside, alone = (sum(bool(r.conditions.disturbances) for r in side) for side in zip(*pairs, strict=True))
+    lines.append(f"\nRounds that stayed disturbed: {alone} alone, {beside} beside.\n")
     return "\n".join(lines)
 
 
-def _dump(rounds: list[Round]) -> list[dict[str, object]]:
-    return [r.model_dump(mode="json", exclude={"token_ms"}) for r in rounds]
+def _kept(change: Comparison) -> str:
+    """Yes or no where the whole interval says so."""
+    low, high = change.interval
+    if max(-low, high) <= PROMISE:
+        return "yes"
+    return "no" if low > PROMISE or high < -PROMISE else "cannot tell"
+
+
+def _dump(taken: Round) -> dict[str, object]:
+    return taken.model_dump(mode="json", exclude={"token_ms"})
 
 
 if __name__ == "__main__":

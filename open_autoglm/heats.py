@@ -154,7 +154,7 @@ class Residents:
         assert screening is not None, "only screened candidates race"
         needed = screening.footprint.peak_rss_bytes
         while self._open and needed + sum(child.bytes for child in self._open.values()) > self._room:
-            self._open.popitem(last=False)[1].talk.child.close()
+            self._open.popitem(last=False)[1].talk.close()
         log = self._bench.study.log_path(f"{contestant}-{self._stage}")
         talk = Conversation(self._bench, self._trial(contestant), log, self._settings)
         self._open[contestant] = _Resident(talk, needed)
@@ -162,8 +162,8 @@ class Residents:
         return talk
 
     def _warm(self, contestant: str, talk: Conversation) -> None:
-        """Load, compile, and run rounds until they are steady."""
-        self._load_ms.setdefault(contestant, []).append(talk.load())
+        """Compile, and run rounds until they are steady."""
+        self._load_ms.setdefault(contestant, []).append(talk.load_ms)
         self._facts[contestant] = talk.first_request().facts
         mix = self._bench.spec.length_mix
         rounds, steady = warm_up(
@@ -196,7 +196,7 @@ class Residents:
 
     def __exit__(self, *_: object) -> None:
         for child in self._open.values():
-            child.talk.child.close()
+            child.talk.close()
 
 
 def _memory(trial: Trial) -> Metric:

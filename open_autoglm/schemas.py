@@ -396,7 +396,7 @@ class Workload(Model):
 # ── evidence ─────────────────────────────────────────────────────────────────────────────────────
 
 
-FOREIGN_CPU_LIMIT = 0.1
+FOREIGN_CPU_LIMIT = 0.05
 """Cores taken by other processes above which a round is disturbed."""
 STEAL_LIMIT = 0.05
 """Cores the hypervisor gave away above which a round is disturbed."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from open_autoglm import engines
 from open_autoglm.engines.contract import SessionOptions, threads_of
@@ -87,41 +87,48 @@ class Stopped(Exception):
 
 
 class Conversation:
-    """A child that holds one candidate's session. Raises Stopped where the child gives no answer."""
+    """A child that holds one candidate's session, opened where others may prepare too.
+
+    Raises Stopped, here and in every question, where the child gives no answer. Close it, or leave its block.
+    """
 
     def __init__(self, bench: Bench, trial: Trial, log: Path, settings: Settings) -> None:
         candidate = trial.candidate
-        self._bench, self._trial = bench, trial
+        self._device = candidate.device
         self._timeout_s = settings.trial_timeout_s
-        threads = threads_of(candidate, bench.options())
-        self.child = Child(
-            log,
-            environment=child_environment(settings, threads),
-            memory_limit_bytes=_memory_limit(candidate),
-            cpus=cores_for(threads),
+        options = bench.options()
+        threads = threads_of(candidate, options)
+        job = jobs.OpenJob(
+            candidate=candidate, exported=exported_of(trial), options=options, workload=bench.workload
         )
+        with device_lease(candidate.device, alone=False):  # a process that starts disturbs others, too
+            self._child = Child(
+                log,
+                environment=child_environment(settings, threads),
+                memory_limit_bytes=_memory_limit(candidate),
+                cpus=cores_for(threads),
+            )
+            self.load_ms = self.ask("open_session", job, jobs.Opened).load_ms
 
     def ask(self, name: str, payload: Model, answer_type: type[Answer]) -> Answer:
-        answer = self.child.ask(f"{jobs.PREFIX}:{name}", payload, answer_type, self._timeout_s)
+        answer = self._child.ask(f"{jobs.PREFIX}:{name}", payload, answer_type, self._timeout_s)
         if isinstance(answer, Failure):
             raise Stopped(answer)
         return answer
 
-    def load(self) -> float:
-        """Open the session, where others may prepare too; returns the milliseconds it took."""
-        job = jobs.OpenJob(
-            candidate=self._trial.candidate,
-            exported=exported_of(self._trial),
-            options=self._bench.options(),
-            workload=self._bench.workload,
-        )
-        with device_lease(self._trial.candidate.device, alone=False):
-            return self.ask("open_session", job, jobs.Opened).load_ms
-
     def first_request(self) -> jobs.FirstRequest:
         """Answer one request: what compiles or reads for the first time does it here, not in a round."""
-        with device_lease(self._trial.candidate.device, alone=False):
+        with device_lease(self._device, alone=False):
             return self.ask("first_request", jobs.Nothing(), jobs.FirstRequest)
+
+    def close(self) -> None:
+        self._child.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def cores_for(threads: int) -> tuple[int, ...]:
@@ -202,9 +209,8 @@ def screen_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings
 
 
 def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Settings) -> Screened:
-    talk = Conversation(bench, trial, log, settings)
-    with talk.child:
-        load_ms, first = talk.load(), talk.first_request()
+    with Conversation(bench, trial, log, settings) as talk:
+        first = talk.first_request()
         with device_lease(trial.candidate.device, alone=True):
             quality = talk.ask("score_session", _score_job(bench, reference, SLICE_WINDOWS), QualityReport)
             if not quality.finite:
@@ -213,7 +219,7 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
     return Screened(
         screening=Screening(
             footprint=first.footprint,
-            load_ms=load_ms,
+            load_ms=talk.load_ms,
             first_request_ms=first.first_request_ms,
             prompt_tokens=bench.workload.prompt_tokens,
             output_tokens=min(SHORT_OUTPUT_TOKENS, bench.workload.output_tokens),
@@ -261,12 +267,12 @@ def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settin
 
 
 def _evaluate(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Settings) -> QualityReport:
-    talk = Conversation(bench, trial, log, settings)
-    with talk.child:
-        talk.load()
-        # Two engines with a thread per core each would run several times slower side by side than in turn.
-        with device_lease(trial.candidate.device, alone=True):
-            report = talk.ask("score_session", _score_job(bench, reference, None), QualityReport)
+    # Two engines with a thread per core each would score several times slower side by side than in turn.
+    with (
+        Conversation(bench, trial, log, settings) as talk,
+        device_lease(trial.candidate.device, alone=True),
+    ):
+        report = talk.ask("score_session", _score_job(bench, reference, None), QualityReport)
     if not report.finite:
         raise Stopped(Failure("incorrect", "gave logits that are not finite"))
     return report
@@ -297,12 +303,9 @@ def prepare_reference(bench: Bench, analysis: Analysis, settings: Settings) -> P
             return exported
         trial = begin_trial(bench.study, candidate).model_copy(update={"exported": exported})
         job = jobs.ReferenceJob(evaluation_set=bench.evaluation_set, output=path)
-        talk = Conversation(bench, trial, log, settings)
         try:
-            with talk.child:
-                talk.load()
-                with device_lease("cpu", alone=True):
-                    return talk.ask("make_reference", job, jobs.ReferenceDone).path
+            with Conversation(bench, trial, log, settings) as talk, device_lease("cpu", alone=True):
+                return talk.ask("make_reference", job, jobs.ReferenceDone).path
         except Stopped as stopped:
             return stopped.failure
 

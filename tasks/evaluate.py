@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import task
 
 from open_autoglm.measure.isolation import Failure
+from open_autoglm.measure.lease import preparing
 from open_autoglm.schemas import Analysis, Trial
 from open_autoglm.settings import Settings
 from open_autoglm.trials import Bench, evaluate_trial, prepare_reference
@@ -26,6 +27,7 @@ def compute_reference(bench: Bench, analysis: Analysis) -> Path | Failure:
 def evaluate(trial: Trial, bench: Bench, reference: Path | Failure, mlflow_run_id: str) -> Trial:
     """Perplexity, KL, agreement and greedy divergence on both paths, where a slice left them unclear."""
     scored = evaluate_trial(bench, trial, reference, Settings())
-    child = tracker().log_trial(mlflow_run_id, scored)
+    with preparing():
+        child = tracker().log_trial(mlflow_run_id, scored)
     unit_done(bench.study)
     return scored.model_copy(update={"mlflow_run_id": child})

@@ -43,7 +43,8 @@ def admit_incumbent(
     """The registered champion takes part: it is marked among the trials, or screened as one more."""
     settings = Settings()
     screened = [trial for generation in generations for trial in generation]
-    incumbent, trials = find_incumbent(bench, tracker(), screened, settings)
+    with preparing():
+        incumbent, trials = find_incumbent(bench, tracker(), screened, settings)
     seen = [
         t if t.screening or t.status != "ok" else screen_trial(bench, t, reference, settings) for t in trials
     ]

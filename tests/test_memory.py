@@ -23,8 +23,9 @@ from open_autoglm.measure.memory import FootprintWatch
 
 def footprint():
     watch = FootprintWatch(interval_s=0.001)
-    watch.start()
-    return watch.stop().model_dump()
+    with watch.sampling():
+        pass
+    return watch.footprint().model_dump()
 
 before = footprint()
 with open(sys.argv[1], "rb") as file:
@@ -88,23 +89,27 @@ def test_peaks_stay_when_memory_is_given_back(tmp_path: Path) -> None:
     """Each number is the highest, and the files' part belongs to the sample with the highest RSS."""
     watch = FootprintWatch(interval_s=60, root=tmp_path)
     write(tmp_path, high_water=900, rss=800, files=300, pss=700)
-    watch.start()
-    write(tmp_path, high_water=950, rss=400, files=390, pss=200)
-    footprint = watch.stop(device_bytes=12)
+    with watch.sampling():
+        write(tmp_path, high_water=950, rss=400, files=390, pss=200)
+    footprint = watch.footprint(device_bytes=12)
     assert footprint.peak_rss_bytes == 950 * 1024
     assert footprint.peak_pss_bytes == 700 * 1024
     assert footprint.mapped_file_bytes == 301 * 1024
     assert footprint.device_bytes == 12
     write(tmp_path, high_water=999, rss=999, files=999, pss=999)
-    assert watch.stop().peak_pss_bytes == 700 * 1024
+    assert watch.footprint().peak_pss_bytes == 700 * 1024, "nothing is read while nobody samples"
+    with watch.sampling():
+        pass
+    assert watch.footprint().peak_pss_bytes == 999 * 1024
 
 
 def test_without_page_monitoring_pss_is_taken_as_rss(tmp_path: Path) -> None:
     """PSS cannot be more than that."""
     write(tmp_path, high_water=900, rss=800, files=300, pss=None)
     watch = FootprintWatch(interval_s=60, root=tmp_path)
-    watch.start()
-    assert watch.stop().peak_pss_bytes == 800 * 1024
+    with watch.sampling():
+        pass
+    assert watch.footprint().peak_pss_bytes == 800 * 1024
 
 
 def test_peak_rss_of_this_process_holds_what_it_holds() -> None:

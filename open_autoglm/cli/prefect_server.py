@@ -20,6 +20,7 @@ from open_autoglm.measure.child import die_with
 from open_autoglm.settings import Settings
 
 STARTUP_TIMEOUT_S = 120.0
+NICENESS = 10
 
 
 def is_up(url: str) -> bool:
@@ -84,7 +85,7 @@ def _own_server(log: Path) -> Iterator[str]:
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            preexec_fn=partial(die_with, os.getpid()),
+            preexec_fn=partial(_begin_server, os.getpid()),
             start_new_session=True,  # an interrupt is for the command, which then ends the server
         )
     try:
@@ -96,6 +97,12 @@ def _own_server(log: Path) -> Iterator[str]:
             server.wait(timeout=10)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+def _begin_server(parent: int) -> None:
+    """Before the server begins: it ends with us, and gives way to a round that is being timed."""
+    die_with(parent)
+    os.nice(NICENESS)
 
 
 def _wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -16,6 +16,7 @@ from open_autoglm.engines.contract import ExportContext
 from open_autoglm.errors import UserError
 from open_autoglm.files import digest_files, digest_of, directory_atomic, file_lock, write_atomic
 from open_autoglm.measure.isolation import Failure, run_isolated
+from open_autoglm.measure.lease import preparing
 from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, FileDigest, Model, ModelProfile
 from open_autoglm.settings import Settings
 from open_autoglm.units import quantity
@@ -72,7 +73,10 @@ def export_candidate(
         )
     key = digest_of([checkpoint.digest, candidate.engine, recipe])
     directory = settings.exports / key[:32]
-    with file_lock(settings.exports / f"{key[:32]}.lock"):
+    with (
+        file_lock(settings.exports / f"{key[:32]}.lock"),
+        preparing(),
+    ):  # even a digest disturbs a timed round
         problem = check_stored(directory)
         if problem is None:
             return _describe(candidate, directory, reused=True)
@@ -156,11 +160,8 @@ def _build(
 
 def export_job(job: ExportJob) -> ExportDone:
     """Runs in the child."""
-    from open_autoglm.measure.lease import device_lease
-
     engine = engines.get(job.candidate.engine)
-    with device_lease("cpu", alone=False):
-        return ExportDone(route=engine.export(job.candidate, job.checkpoint, job.context))
+    return ExportDone(route=engine.export(job.candidate, job.checkpoint, job.context))
 
 
 def _describe(candidate: Candidate, directory: Path, *, reused: bool) -> ExportedModel:

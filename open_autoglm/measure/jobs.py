@@ -94,14 +94,14 @@ class _Served:
 
     def __init__(self, job: OpenJob) -> None:
         self.watch = FootprintWatch()
-        self.watch.start()  # before the weights are read
         self.options = job.options
         self.workload = job.workload
         self.requests: list[Requests] = load_rounds(job.workload)
         self.longest = sorted(range(len(self.requests)), key=self._length, reverse=True)
         engine = engines.get(job.candidate.engine)
         started = time.perf_counter()
-        self.session: Session = engine.open(job.candidate, job.exported, job.options)
+        with self.watch.sampling():
+            self.session: Session = engine.open(job.candidate, job.exported, job.options)
         self.load_ms = (time.perf_counter() - started) * 1e3
 
         self._last: Request | None = None
@@ -142,11 +142,12 @@ def first_request(_: Nothing) -> FirstRequest:
     served = _the_session()
     longest = served.longest[0]
     started = time.perf_counter()
-    served.run(served.requests[longest][:1], longest)
+    with served.watch.sampling():
+        served.run(served.requests[longest][:1], longest)
     elapsed_ms = (time.perf_counter() - started) * 1e3
     facts = served.session.facts()
     device = facts.get("peak_device_bytes")
-    footprint = served.watch.stop(device_bytes=int(device) if device is not None else None)
+    footprint = served.watch.footprint(int(device) if device is not None else None)
     return FirstRequest(footprint=footprint, first_request_ms=elapsed_ms, facts=facts)
 
 
@@ -171,7 +172,6 @@ def _requests_of(served: _Served, job: RoundJob) -> Requests:
 def score_session(job: ScoreJob) -> QualityReport:
     """Judge the session's output on both paths against the stored reference."""
     served = _the_session()
-    served.watch.stop()  # it would only take time from the scoring
     return score(
         served.session,
         job.evaluation_set,
@@ -186,6 +186,5 @@ def make_reference(job: ReferenceJob) -> ReferenceDone:
     """Let the fp32 candidate predict the evaluation set, once for all others."""
     started = time.monotonic()
     served = _the_session()
-    served.watch.stop()
     compute_reference(served.session, job.evaluation_set, job.output)
     return ReferenceDone(path=job.output, seconds=time.monotonic() - started)

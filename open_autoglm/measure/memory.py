@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from open_autoglm.measure.interference import kernel_text
@@ -20,34 +22,35 @@ _SELF = Path("/proc/self")
 
 
 class FootprintWatch:
-    """Samples the memory of this process in a thread, from :meth:`start` to :meth:`stop`.
+    """Samples the memory of this process in a thread, inside ``with watch.sampling():``, as often as entered.
 
     Reading PSS walks all page tables, which takes milliseconds per GiB and stalls page faults meanwhile:
-    time nothing while a watch runs.
+    time nothing meanwhile, here or in another process, and do not sample while only waiting.
     """
 
     def __init__(self, interval_s: float = 0.05, root: Path = _SELF) -> None:
         self._interval_s, self._root = interval_s, root
         self._peak_pss = self._rss = self._files = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="footprint", daemon=True)
 
-    def start(self) -> None:
-        """Take a first sample and go on in the background."""
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Sample at the beginning, in the background, and at the end."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(done,), name="footprint", daemon=True)
         self._sample()
-        self._thread.start()
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._sample()
 
-    def stop(self, device_bytes: int | None = None) -> Footprint:
-        """Take a last sample and end; a second call reports anew but does not change the samples.
-
-        Peak RSS is exact and since the start of the process. PSS is the highest of the samples, and the
+    def footprint(self, device_bytes: int | None = None) -> Footprint:
+        """Peak RSS is exact and since the start of the process. PSS is the highest of the samples, and the
         files' part is that of the sample with the highest RSS; a shorter peak is missed.
         ``device_bytes`` is what the session says it holds on a GPU.
         """
-        if not self._done.is_set():
-            self._done.set()
-            self._thread.join()
-            self._sample()
         return Footprint(
             peak_rss_bytes=read_peak_rss_bytes(self._root),
             peak_pss_bytes=self._peak_pss,
@@ -55,8 +58,8 @@ class FootprintWatch:
             device_bytes=device_bytes,
         )
 
-    def _watch(self) -> None:
-        while not self._done.wait(self._interval_s):
+    def _watch(self, done: threading.Event) -> None:
+        while not done.wait(self._interval_s):
             self._sample()
 
     def _sample(self) -> None:

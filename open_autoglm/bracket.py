@@ -20,7 +20,7 @@ from open_autoglm.units import number, quantity
 HOPELESS = 2.0
 """Short rounds of one process rank candidates roughly: only who is this many times slower is dropped."""
 
-MOST_ENTRANTS = 8
+MOST_ENTRANTS = 6
 FINALISTS = 3
 RACE_HEATS = 12
 MOST_HEATS = 200

@@ -20,6 +20,9 @@ from open_autoglm.units import quantity
 LEADERS = 2
 """Candidates whose neighbourhood is searched in one generation."""
 
+BEHIND = 1.5
+"""Nobody this many times worse than the best is looked around: one knob does not make up for that."""
+
 MOST_PER_GENERATION = 12
 """Candidates to screen in one generation; those that are vetoed cost nothing and are not counted."""
 
@@ -30,9 +33,9 @@ def next_generation(
     """What to screen after ``generations``, which hold every trial so far, failed ones too, the start first.
 
     ``spec.search_generations`` times the neighbours of the ``LEADERS`` best that are neither reference nor
-    baseline nor incumbent; each time, and once more at the end, the combinations of what helped. At most
-    ``MOST_PER_GENERATION``, vetoed ones on top. The same trials give the same list; an empty one means
-    that the search is over.
+    baseline nor incumbent, nor far ``BEHIND``; each time, and once more at the end, the combinations of
+    what helped. At most ``MOST_PER_GENERATION``, vetoed ones on top. The same trials give the same list; an
+    empty one means that the search is over.
     """
     found = [candidate for _, candidate in _proposals(generations, analysis, spec)]
     able = [candidate for candidate in found if candidate.vetoed_because is None]
@@ -136,7 +139,7 @@ def _proposals(
         if joint is not None:
             found.append((trial, joint))
             tried.add(joint.id)
-    for trial in leaders[:LEADERS] if searched < spec.search_generations else ():
+    for trial in _worth_searching(leaders, spec) if searched < spec.search_generations else ():
         fresh = neighbours(trial.candidate, tried, analysis, spec)
         found += [(trial, candidate) for candidate in fresh]
         tried.update(candidate.id for candidate in fresh)
@@ -149,6 +152,11 @@ def _leaders(screened: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
         trial for trial in screened if why_out(trial, spec) is None and not _is_yardstick(trial.candidate)
     ]
     return sorted(able, key=lambda trial: (rank_figure(trial, spec), trial.id))
+
+
+def _worth_searching(leaders: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
+    """Those whose neighbours may beat the best."""
+    return [t for t in leaders[:LEADERS] if rank_figure(t, spec) <= BEHIND * rank_figure(leaders[0], spec)]
 
 
 def _improvements(

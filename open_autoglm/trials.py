@@ -212,7 +212,7 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
     with Conversation(bench, trial, log, settings) as talk:
         first = talk.first_request()
         with device_lease(trial.candidate.device, alone=True):
-            quality = talk.ask("score_session", _score_job(bench, reference, SLICE_WINDOWS), QualityReport)
+            quality = talk.ask("score_session", score_job(bench, reference, SLICE_WINDOWS), QualityReport)
             if not quality.finite:
                 raise Stopped(Failure("incorrect", "gave logits that are not finite"))
             rounds = [talk.ask("timed_round", job, Round) for job in short_jobs(bench.workload)]
@@ -272,13 +272,14 @@ def _evaluate(bench: Bench, trial: Trial, reference: Path, log: Path, settings: 
         Conversation(bench, trial, log, settings) as talk,
         device_lease(trial.candidate.device, alone=True),
     ):
-        report = talk.ask("score_session", _score_job(bench, reference, None), QualityReport)
+        report = talk.ask("score_session", score_job(bench, reference), QualityReport)
     if not report.finite:
         raise Stopped(Failure("incorrect", "gave logits that are not finite"))
     return report
 
 
-def _score_job(bench: Bench, reference: Path, windows: int | None) -> jobs.ScoreJob:
+def score_job(bench: Bench, reference: Path, windows: int | None = None) -> jobs.ScoreJob:
+    """Judge so many windows of each text; None for as many as the verdict takes."""
     return jobs.ScoreJob(
         evaluation_set=bench.evaluation_set,
         reference=reference,

@@ -187,6 +187,12 @@ def test_the_leaders_neighbours_come_first() -> None:
     assert refine(start) == refine(start[::-1])
 
 
+def test_who_is_far_behind_is_not_looked_around() -> None:
+    """Turning one knob would not bring it to the front."""
+    for behind, around in ((900, AROUND_W8 + AROUND_FP32), (901, AROUND_W8)):
+        assert short(refine([screened(W8, 600), screened(FP32, behind)])) == around
+
+
 def test_yardsticks_do_not_lead() -> None:
     """Reference, baseline and incumbent are measured whatever happens and are no place to start from."""
     start = [

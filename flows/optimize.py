@@ -43,7 +43,8 @@ def optimize(spec: OptimizeSpec) -> Study:
         generations: list[list[Trial]] = []
         while candidates:
             exported = export.map(candidates, unmapped(study), unmapped(checkpoint))
-            generations.append(screen.map(exported, unmapped(bench), unmapped(reference)).result())
+            screened = screen.map(exported, unmapped(bench), unmapped(reference.result()))
+            generations.append(screened.result())
             candidates = refine(generations, analysis, spec)
 
         standings = shortlist(bench, admit_incumbent(bench, analysis, generations, reference.result()))

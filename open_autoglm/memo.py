@@ -20,7 +20,7 @@ from open_autoglm.settings import Settings
 
 Kept = TypeVar("Kept", bound=Model)
 
-_MEASURING = ("engines", "measure", "quality", "schemas.py", "bracket.py", "heats.py", "trials.py")
+_MEASURING = ("engines", "measure", "quality", "schemas", "bracket.py", "heats.py", "trials.py")
 """What of our own source a result depends on."""
 
 

@@ -1,0 +1,95 @@
+"""What may be tried, and what it is tried on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field
+
+from open_autoglm.schemas.base import Device, Model, Precision, Scenario
+
+ProbeStage = Literal["missing", "installed", "no_device", "ready"]
+
+
+class Probe(Model):
+    """Whether an engine can run here, and if not, why and how to change that."""
+
+    engine: str
+    stage: ProbeStage
+    version: str | None = None
+    reason: str = Field(description="one sentence; says what was found when ready")
+    install: str | None = Field(None, description="the command that would mend it")
+
+    @property
+    def ready(self) -> bool:
+        return self.stage == "ready"
+
+
+Knob = str | int | float | bool
+
+
+class Candidate(Model):
+    """One way to serve the model: engine × precision × knobs, and why it is (not) on the list."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="stable, readable, unique in a study")
+    engine: str
+    device: Device
+    precision: Precision
+    weight_bits: float = Field(description="mean stored bits per weight, scales included")
+    knobs: dict[str, Knob] = Field(default_factory=dict)
+    proposed_because: str
+    vetoed_because: str | None = None
+    reference: bool = False
+    baseline: bool = False
+    incumbent: bool = Field(False, description="the registered champion, measured again beside the others")
+
+    def vetoed(self, reason: str) -> Self:
+        return self.model_copy(update={"vetoed_because": reason})
+
+
+class Dimension(Model):
+    """One knob of a candidate that an engine lets the search turn, and the values worth trying here."""
+
+    knob: str
+    values: tuple[Knob, ...]
+    because: str = Field(description="what the knob trades")
+
+
+class ExportedModel(Model):
+    """The files a candidate needs, in a content-addressed directory. `path` equals the checkpoint's when
+    the engine loads it as it is."""
+
+    candidate_id: str
+    path: Path
+    digest: str
+    route: str
+    size_bytes: int
+    build_s: float
+    reused: bool = False
+    details: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class Workload(Model):
+    """The requests every candidate is timed on, saved once per study.
+
+    The file at `path` is a ``.npz`` with one entry per round: ``prompts`` is
+    ``int64[rounds, requests * batch, longest prompt]``, padded on the right; ``prompt_tokens`` and
+    ``output_tokens`` are ``int64[rounds, requests]``; ``arrivals_ms`` is ``float64[rounds, requests]``,
+    counted from the start of the round (zero unless the scenario is server).
+    """
+
+    path: Path
+    sha256: str
+    scenario: Scenario = "single_stream"
+    batch_size: int
+    prompt_tokens: int = Field(description="of the longest request")
+    output_tokens: int = Field(description="of the longest request")
+    rounds: int = Field(description="different rounds in the file; a longer run begins again")
+    requests: int = Field(1, description="per round: 1, or the arrivals of a server round")
+    request_rate_per_s: float | None = None
+    length_mix: str | None = None
+    slo_ttft_ms: float | None = Field(None, description="goodput: a request is good within both")
+    slo_tpot_ms: float | None = None
+    seed: int
+    corpus: str

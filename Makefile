@@ -59,7 +59,7 @@ bench-processes: $(READY) $(DEMO)/config.json ## How much processes of one candi
 bench-parallel: $(READY) $(DEMO)/config.json ## Are figures taken beside another study those taken alone? (10 minutes or more)
 	$(BIN)/python -m benchmarks.parallel $(DEMO)
 
-bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid (long)
+bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid (25 minutes)
 	$(BIN)/python -m benchmarks.race_vs_grid $(DEMO)
 
 $(DEMO)/config.json: $(READY)

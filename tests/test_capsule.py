@@ -14,7 +14,7 @@ import pytest
 from benches import real_candidate, screened_trial, tiny_bench
 from studies import demo_analysis, demo_hardware
 
-from open_autoglm.capsule import PEAK_CHANGE, Reproduction, reproduce, with_capsule
+from open_autoglm.capsule import with_capsule
 from open_autoglm.cli import main
 from open_autoglm.conclusion import Standings, conclude
 from open_autoglm.errors import StudyError
@@ -23,6 +23,7 @@ from open_autoglm.heats import Contest, run_stage
 from open_autoglm.measure.racing import Rules
 from open_autoglm.measure.scenarios import figure_of
 from open_autoglm.progress import LOGGER
+from open_autoglm.reproduction import PEAK_CHANGE, Reproduction, reproduce
 from open_autoglm.schemas import Study
 from open_autoglm.settings import Settings
 from open_autoglm.study import load_study, save_study
@@ -99,15 +100,20 @@ def on_a_quiet_host(content: dict[str, Any]) -> None:
 
 def slower_then(root: Path) -> None:
     """As if every round of the study had taken a hundred times as long."""
-    path = root / "samples" / f"{TIMED}.json"
+    scale_then(root, TIMED, 100)
+
+
+def scale_then(root: Path, trial_id: str, factor: float) -> None:
+    """As if every round that a trial had in the study had taken so many times as long."""
+    path = root / "samples" / f"{trial_id}.json"
     content = json.loads(path.read_text())
     for turn in content["rounds"]:
         for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
-            turn[name] = [100 * ms for ms in turn[name]]
+            turn[name] = [factor * ms for ms in turn[name]]
     for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
         metric = content["metrics"][name]
-        metric["median"] *= 100
-        metric["interval"] = [100 * end for end in metric["interval"]]
+        metric["median"] *= factor
+        metric["interval"] = [factor * end for end in metric["interval"]]
     path.write_text(json.dumps(content))
 
 
@@ -153,7 +159,7 @@ def test_a_trial_is_run_again_and_compared(again: Again) -> None:
     """As many rounds of the same requests in a fresh process; then, now, and the paired change of each."""
     study = again.change(always_within)
     result = reproduce(study, TIMED, again.settings)
-    assert (result.study_id, result.trial_id, result.reproduced) == (study.id, TIMED, True)
+    assert (result.study_id, result.trial_id, result.outcome) == (study.id, TIMED, "reproduced")
     assert [figure.metric for figure in result.figures] == ["ttft_ms", "tpot_ms", "e2e_ms"]
     then = study.trial(TIMED).metrics
     for figure in result.figures:
@@ -183,7 +189,7 @@ def test_a_figure_that_does_not_come_back_is_told_with_its_change(again: Again) 
     again.change(on_a_quiet_host)
     slower_then(again.root)
     result = reproduce(load_study(again.root), TIMED, again.settings)
-    assert not result.reproduced
+    assert result.outcome == "not_reproduced"
     assert not any(figure.within for figure in result.figures)
     assert all(figure.paired.change < -0.5 for figure in result.figures)
     assert "not as measured (ttft_ms -" in result.explanation
@@ -217,8 +223,59 @@ def test_files_that_are_gone_are_made_again(again: Again) -> None:
         trial_in(content)["exported"].update(path="/nowhere", digest="of what is gone")
 
     result = reproduce(again.change(edit), TIMED, again.settings)
-    assert result.reproduced
+    assert result.outcome == "reproduced"
     assert "its files had to be made again, and are not byte for byte what they were" in result.differences
+
+
+# ── the host or the trial ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def paired(
+    tiny_glm: Path, shared_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bench, Study]:
+    """A final of two candidates."""
+    bench = tiny_bench(tiny_glm, shared_settings, tmp_path_factory.mktemp("paired") / "study", seed=37)
+    both = [screened_trial(bench, shared_settings, real_candidate(name)) for name in (TIMED, UNTIMED)]
+    rules = Rules(
+        figure=figure_of("e2e_ms"), metric="e2e_ms", least_heats=HEATS, most_heats=HEATS, budget_s=60
+    )
+    run, race = run_stage(bench, "final", Contest(both, rules, twin_of=TIMED), shared_settings)
+    unjudged = tuple(trial.model_copy(update={"quality": None}) for trial in run)
+    study = conclude(bench, demo_analysis(), Standings(trials=unjudged, races=(race,)))
+    save_study(study)
+    return bench, study
+
+
+@pytest.mark.parametrize(
+    ("changed", "outcome"),
+    [((TIMED, UNTIMED), "host_changed"), ((TIMED,), "not_reproduced")],
+    ids=["both", "one"],
+)
+def test_what_both_finalists_lost_is_the_hosts(
+    paired: tuple[Bench, Study],
+    shared_settings: Settings,
+    tmp_path: Path,
+    changed: tuple[str, ...],
+    outcome: str,
+) -> None:
+    """A hundred times slower than then: if another finalist is so too, in the same heats, it is the host."""
+    root = Path(shutil.copytree(paired[1].output_dir, tmp_path / "study"))
+    for name in changed:
+        scale_then(root, name, 0.01)
+    content = json.loads((root / "study.json").read_text())
+    content["races"][0]["noise"]["floor"] = 10.0
+    (root / "study.json").write_text(json.dumps(content))
+    result = reproduce(load_study(root), TIMED, shared_settings)
+    assert result.outcome == outcome
+    for figure in result.figures:
+        assert not figure.within
+        assert figure.companion is not None
+        assert figure.companion.candidate == f"{UNTIMED} now"
+        assert figure.beside is not None
+        assert figure.beside.pairs == HEATS
+    blamed = f"{UNTIMED} changed by " in result.explanation and "it is the host" in result.explanation
+    assert blamed == (outcome == "host_changed")
 
 
 # ── what cannot be run again ─────────────────────────────────────────────────────────────────────
@@ -297,7 +354,7 @@ def test_a_trial_that_does_not_come_back_ends_with_3(command: Any, again: Again)
     code, said = command(TIMED, "--json")
     assert code == 3
     line = next(line for line in said.splitlines() if line.startswith("{"))
-    assert not Reproduction.model_validate_json(line).reproduced
+    assert Reproduction.model_validate_json(line).outcome == "not_reproduced"
 
 
 def test_a_trial_that_cannot_be_run_ends_with_2(command: Any) -> None:

@@ -254,9 +254,9 @@ def run_report(root: Path | None, as_json: bool) -> None:
 
 def run_reproduce(root: Path, trial_id: str, *, as_json: bool) -> int:
     """Run one trial again; 0 if its figures come back, else 3."""
-    from open_autoglm.capsule import reproduce
     from open_autoglm.cli.console import make_console
     from open_autoglm.cli.reproduction import print_reproduction
+    from open_autoglm.reproduction import reproduce
     from open_autoglm.study import load_study
 
     _show_progress()
@@ -265,7 +265,7 @@ def run_reproduce(root: Path, trial_id: str, *, as_json: bool) -> int:
         click.echo(result.model_dump_json())
     else:
         print_reproduction(result, make_console())
-    return 0 if result.reproduced else 3
+    return 3 if result.outcome == "not_reproduced" else 0
 
 
 def run_demo_model(directory: Path) -> None:

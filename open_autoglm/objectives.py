@@ -49,8 +49,18 @@ def goal_of(spec: OptimizeSpec) -> Goal:
     return _OFFLINE if offline else GOALS[spec.objective]
 
 
-def duel(ours: Trial, theirs: Trial, goal: Goal, confidence: float = 0.95) -> Comparison | None:
-    """The paired comparison of two finalists by the rounds they ran side by side; None if those are few."""
+def duel(
+    ours: Trial, theirs: Trial, goal: Goal, confidence: float = 0.95, floor: float = 0.0
+) -> Comparison | None:
+    """The paired comparison of two finalists by the rounds they ran side by side; None if those are few.
+
+    ``floor`` is the noise floor that a clear difference exceeds.
+    """
+    compared = _paired(ours, theirs, goal, confidence)
+    return compared.model_copy(update={"floor": floor}) if compared else None
+
+
+def _paired(ours: Trial, theirs: Trial, goal: Goal, confidence: float) -> Comparison | None:
     if ours.measurements is None or theirs.measurements is None or goal.race_metric is None:
         return None
     a, b = ours.measurements.counted, theirs.measurements.counted
@@ -77,3 +87,9 @@ def change_words(comparison: Comparison) -> str:
 
 def final_of(races: Sequence[Race]) -> Race | None:
     return next((race for race in races if race.stage == "final"), None)
+
+
+def floor_of(races: Sequence[Race]) -> float:
+    """The noise floor that the final found; 0 where there was no twin."""
+    final = final_of(races)
+    return final.noise.floor if final and final.noise else 0.0

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from open_autoglm.limits import excess
-from open_autoglm.objectives import Goal, duel, goal_of
+from open_autoglm.objectives import Goal, duel, floor_of, goal_of
 from open_autoglm.schemas import Metric, Miss, Study, Trial
 from open_autoglm.tracking import mlflow_link
 from open_autoglm.units import number as number
@@ -93,21 +93,24 @@ def percent_interval(ends: tuple[float, float]) -> str:
 class Ratio(NamedTuple):
     """How many times better (above 1) or worse a figure is than the baseline's, with a 95 % interval.
 
-    ``pairs`` is how many paired rounds it rests on; 0 where only the medians are compared.
+    ``pairs`` is how many paired rounds it rests on; 0 where only the medians are compared. ``floor`` is
+    the change that noise alone may make.
     """
 
     factor: float
     low: float
     high: float
     pairs: int = 0
+    floor: float = 0.0
 
     @property
     def clear(self) -> bool:
-        return not self.low <= 1 <= self.high
+        return not self.low <= 1 <= self.high and abs(1 / self.factor - 1) > self.floor
 
 
-def compare(name: str, trial: Trial, baseline: Trial) -> Ratio | None:
-    """``trial`` against ``baseline`` in one metric; None where either lacks it.
+def compare(name: str, trial: Trial, baseline: Trial, floor: float = 0.0) -> Ratio | None:
+    """``trial`` against ``baseline`` in one metric; None where either lacks it. ``floor`` is the noise floor
+    of paired rounds.
 
     Finalists are compared by the rounds they ran side by side. Where there are none, the interval joins
     those of both medians on the log scale (MOVER: Zou & Donner, *Statistics in Medicine* 27, 2008).
@@ -115,7 +118,7 @@ def compare(name: str, trial: Trial, baseline: Trial) -> Ratio | None:
     if name not in trial.metrics or name not in baseline.metrics:
         return None
     if (paired := _paired(name, trial, baseline)) is not None:
-        return paired
+        return paired._replace(floor=floor)
     ours, theirs = _logs(trial.metrics[name]), _logs(baseline.metrics[name])
     if METRICS[name].lower_is_better:
         ours, theirs = theirs, ours
@@ -201,7 +204,7 @@ def standing(study: Study, trial: Trial) -> str:
     best, metric = champion(study), goal_of(study.spec).metric
     if best is None:
         return "best, not registered" if trial.id == study.verdict.nearest else "not ranked"
-    ratio = compare(metric, trial, best)
+    ratio = compare(metric, trial, best, floor_of(study.races))
     return ratio_words(metric, ratio) if ratio else "not ranked"
 
 

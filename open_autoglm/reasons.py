@@ -47,7 +47,7 @@ def why(
     reasons = [_figure_reason(champion, clear, goal), *_quality_reasons(champion, spec)]
     baseline = next((t for t in judged if t.candidate.baseline and is_complete(t)), None)
     if baseline is not None and baseline.id != champion.id:
-        reasons.append(_against(champion, baseline))
+        reasons.append(_against(champion, baseline, noise.floor if noise else 0.0))
     if spec.max_latency is not None:
         value, decided_by = latency_figure(champion.metrics["ttft_ms"])
         reasons.append(f"TTFT {quantity(value, 'ms')} is within {spec.max_latency} ({decided_by})")
@@ -92,11 +92,11 @@ def _quality_reasons(champion: Trial, spec: OptimizeSpec) -> list[str]:
     return reasons
 
 
-def _against(champion: Trial, baseline: Trial) -> str:
+def _against(champion: Trial, baseline: Trial, floor: float) -> str:
     """Time by paired rounds; memory as it is."""
 
     def gain(metric: str) -> str:
-        compared = duel(champion, baseline, Goal(metric, False, "", metric))
+        compared = duel(champion, baseline, Goal(metric, False, "", metric), floor=floor)
         if compared is None or not compared.clear:
             return "no clear difference"
         ratio = 1 / (1 + compared.change)

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from open_autoglm import breakeven, evidence, figures, readout
 from open_autoglm.files import write_atomic
+from open_autoglm.objectives import floor_of
 from open_autoglm.schemas import QualityReport, Study, Trial
 
 if TYPE_CHECKING:
@@ -62,12 +63,13 @@ def comparison(study: Study) -> list[Compared]:
     if before is None or after is None:
         return []
     shared = [name for name in readout.METRICS if name in before.metrics and name in after.metrics]
-    return [_compare(name, before, after) for name in shared] + _compare_quality(before, after)
+    floor = floor_of(study.races)
+    return [_compare(name, before, after, floor) for name in shared] + _compare_quality(before, after)
 
 
-def _compare(name: str, before: Trial, after: Trial) -> Compared:
+def _compare(name: str, before: Trial, after: Trial, floor: float) -> Compared:
     shown, old, new = readout.METRICS[name], before.metrics[name], after.metrics[name]
-    ratio = readout.compare(name, after, before)
+    ratio = readout.compare(name, after, before, floor)
     assert ratio is not None  # both have the metric
     return Compared(
         label=shown.long,

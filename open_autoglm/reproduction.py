@@ -24,7 +24,7 @@ from open_autoglm.measure.environment import host_environment
 from open_autoglm.measure.isolation import Failure
 from open_autoglm.measure.racing import Rules, run_race
 from open_autoglm.measure.scenarios import figure_of
-from open_autoglm.objectives import final_of
+from open_autoglm.objectives import floor_of
 from open_autoglm.schemas import (
     Capsule,
     Comparison,
@@ -32,7 +32,6 @@ from open_autoglm.schemas import (
     Measurements,
     Metric,
     Model,
-    Race,
     Study,
     Trial,
 )
@@ -90,7 +89,7 @@ def reproduce(study: Study, trial_id: str, settings: Settings) -> Reproduction:
     together = _run_again(bench, [trial, companion] if companion else [trial], settings)
     now = together[trial.id]
     sides = [Side.of(t, together[t.id]) for t in (trial, companion) if t is not None and t.id in together]
-    noise = _noise_of(study.races)
+    noise = floor_of(study.races)
     figures = tuple(_compare_then(sides, name, noise) for name in JUDGED)
     hardware = probe_hardware(settings.home / "cache" / "reproduce", remeasure=True)
     capsule = trial.capsule
@@ -244,11 +243,6 @@ def _beside_words(figure: Reproduced) -> str:
     name = figure.companion.candidate.removesuffix(" now")
     (low, high), change = figure.beside.interval, figure.companion.change
     return f"{name} changed by {change:+.1%} in the same heats (left: {low:+.1%} to {high:+.1%})"
-
-
-def _noise_of(races: tuple[Race, ...]) -> float:
-    final = final_of(races)
-    return final.noise.floor if final and final.noise else 0.0
 
 
 def _host_differences(capsule: Capsule, hardware: Hardware) -> list[str]:

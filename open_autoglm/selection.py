@@ -47,7 +47,8 @@ def choose(trials: Sequence[Trial], spec: OptimizeSpec, noise: NoiseFloor | None
     incumbent = next((trial for trial in judged if trial.candidate.incumbent), None)
     verdict, champion, shown = _decide(clear, incumbent, goal, spec, noise)
     others = [t for t in judged if is_complete(t) and t.id != shown.id]
-    comparisons = tuple(c for t in others if (c := duel(t, shown, goal)) is not None)
+    floor = noise.floor if noise else 0.0
+    comparisons = tuple(c for t in others if (c := duel(t, shown, goal, floor=floor)) is not None)
     explained = [explain(trial, shown, goal, verdict.kind, comparisons) for trial in judged]
     reasons = (*verdict.reasons, *why(shown, clear, judged, goal, spec, comparisons, noise))
     verdict = verdict.model_copy(update={"reasons": reasons})

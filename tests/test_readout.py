@@ -78,3 +78,26 @@ def test_a_miss_is_told_in_the_units_people_use() -> None:
     quality = Miss(limit="min_quality", allowed=0.99, measured=0.9801, unit="", decided_by="decode path")
     assert readout.miss_words(memory) == "peak memory 1,536 MiB, limit 1,024 MiB, 50.0 % beyond"
     assert readout.miss_words(quality) == "quality kept 98.0 %, limit 99.0 %, 1.0 % beyond"
+
+
+@pytest.mark.parametrize(
+    ("floor", "words"), [(0.0, "1.05× slower"), (0.04, "1.05× slower"), (0.06, "no clear difference")]
+)
+def test_a_ratio_below_the_noise_floor_is_no_clear_difference(floor: float, words: str) -> None:
+    """However narrow its interval is."""
+    ratio = readout.Ratio(1 / 1.05, 1 / 1.06, 1 / 1.04, pairs=10, floor=floor)
+    assert readout.ratio_words("e2e_ms", ratio) == words
+
+
+def test_the_table_heeds_the_noise_floor() -> None:
+    """A finalist that differs by less than two processes of one candidate is not called slower."""
+    study = demo_study()
+    other = next(t for t in study.trials if readout.standing(study, t).endswith("slower"))
+    noisy = [
+        race.model_copy(update={"noise": race.noise.model_copy(update={"floor": 100.0})})
+        if race.noise
+        else race
+        for race in study.races
+    ]
+    deaf = study.model_copy(update={"races": tuple(noisy)})
+    assert readout.standing(deaf, other) == "no clear difference"

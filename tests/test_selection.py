@@ -225,6 +225,16 @@ def test_who_is_not_told_apart_is_told() -> None:
     assert "not told apart from a" in choice.trials[1].reason
 
 
+def test_what_noise_can_do_is_no_difference() -> None:
+    """5 % more in every round, but two processes of one candidate differ by as much."""
+    field = [trial("a", ttft_ms=100, tpot_ms=10), trial("b", ttft_ms=105, tpot_ms=10.5)]
+    for floor, tied in ((0.04, False), (0.06, True)):
+        choice = choose(field, spec(), noise_of(floor))
+        assert choice.comparisons[0].interval[0] > 0
+        assert ("not told apart from it: b" in choice.verdict.reasons) == tied
+        assert ("not told apart from a" in choice.trials[1].reason) == tied
+
+
 def test_clear_winners_are_not_called_ties() -> None:
     """Twice the time is told as twice the time, with its interval and its pairs."""
     choice = choose([trial("a", ttft_ms=70, tpot_ms=10), trial("b", ttft_ms=140, tpot_ms=20)], spec())

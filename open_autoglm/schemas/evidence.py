@@ -133,10 +133,12 @@ class Comparison(Model):
     change: float
     interval: tuple[float, float]
     confidence: float
+    floor: float = Field(0.0, description="what two processes of one candidate may differ by")
 
     @property
     def clear(self) -> bool:
-        return not self.interval[0] <= 0 <= self.interval[1]
+        """The interval excludes zero, and the change is more than noise can do."""
+        return not self.interval[0] <= 0 <= self.interval[1] and abs(self.change) > self.floor
 
 
 class NoiseFloor(Model):

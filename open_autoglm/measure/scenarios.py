@@ -106,7 +106,7 @@ def _answer(
 def lead_in(session: Session, tokens: Tokens, room: int) -> None:
     """Decode a few tokens more of the request before, untimed, in a process that others ran in between.
 
-    After such a pause the first prefill took 6 to 11 % longer on a two-core host, as if the threads had yet
+    After such a pause the first prefill took 6 to 12 % longer on a two-core host, as if the threads had yet
     to find their cores again; nothing of a server that is at work. Eight decoded tokens undo it, one does
     not. They need no prompt, so an engine that compiles for each length has nothing new to compile.
     ``tokens`` are read from, ``int64[batch, n]``; ``room`` is what the cache still holds.

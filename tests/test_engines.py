@@ -64,6 +64,7 @@ def test_start_candidates_keep_their_names() -> None:
     assert list(proposed("onnxruntime")) == [
         "onnxruntime-fp32",
         "onnxruntime-dynamic-int8",
+        "onnxruntime-w8a8",
         "onnxruntime-w8-b32",
         "onnxruntime-w4-b32",
     ]
@@ -77,7 +78,10 @@ def test_start_candidates_keep_their_names() -> None:
         ("w4-b32", {"block_size": 128, "threads": 1}, "w4-b128-t1", 4.25),
         ("w8-b32", {"accuracy_level": 0, "graph_level": "basic"}, "w8-b32-a0-g-basic", 9),
         ("fp32", {"allow_spinning": False, "memory_pattern": False}, "fp32-nospin-nopattern", 32),
+        ("fp32", {"flash_attention": False, "arena": False}, "fp32-noflash-noarena", 32),
         ("dynamic-int8", {"threads": 4}, "dynamic-int8-t4", 8),
+        ("w8a8", {"fixed_scales": False}, "w8a8-token", 8),
+        ("w8a8", {"weight_only_down": True, "threads": 1}, "w8a8-wdown-t1", 8),
     ],
 )
 def test_onnxruntime_names_what_is_not_the_default(
@@ -89,10 +93,17 @@ def test_onnxruntime_names_what_is_not_the_default(
 
 
 def test_onnxruntime_turns_what_trades_something() -> None:
-    """Blocks for weight-only candidates alone; threads and session options for all."""
+    """Blocks for weight-only candidates, scales for int8 ones; threads and session options for all."""
     start = proposed("onnxruntime")
-    session = {"threads": ("all", 1), "graph_level": ("all", "basic"), "allow_spinning": (True, False)}
+    session = {
+        "threads": ("all", 1),
+        "graph_level": ("all", "basic"),
+        "allow_spinning": (True, False),
+        "flash_attention": (True, False),
+    }
+    int8 = {"fixed_scales": (True, False), "weight_only_down": (False, True)}
     assert space(start["onnxruntime-fp32"]) == session
+    assert space(start["onnxruntime-w8a8"]) == {**int8, **session}
     assert space(start["onnxruntime-w8-b32"]) == {"block_size": (32, 16, 64, 128), **session}
 
 
@@ -103,8 +114,18 @@ def test_onnxruntime_leaves_out_what_cannot_help_here() -> None:
     assert space(start, isa=("avx2",))["accuracy_level"] == (4, 0)
     assert "threads" not in space(start, cores=1)
     assert space(start, cores=16)["threads"] == ("all", 8)
-    assert "memory_pattern" in space(start, OptimizeSpec(model_path="x", max_memory="1GiB"))
-    assert "memory_pattern" in space(start, OptimizeSpec(model_path="x", objective="memory"))
+    for spec in ({"max_memory": "1GiB"}, {"objective": "memory"}):
+        assert {"memory_pattern", "arena"} <= set(space(start, OptimizeSpec(model_path="x", **spec)))
+
+
+def test_int8_products_are_vetoed_where_they_overflow() -> None:
+    """Without VNNI the kernel's intermediate sums are 16 bits wide: wrong numbers, so no trial."""
+    hardware = demo_hardware(isa=("avx2",))
+    analysis = demo_analysis().model_copy(update={"hardware": hardware})
+    found = engines.get("onnxruntime").propose(analysis, OptimizeSpec(model_path="x"), "cpu")
+    vetoed = {c.id: c.vetoed_because for c in found if c.vetoed_because}
+    assert list(vetoed) == ["onnxruntime-w8a8"]
+    assert "VNNI" in str(vetoed["onnxruntime-w8a8"])
 
 
 def test_session_options_share_the_files() -> None:
@@ -115,6 +136,10 @@ def test_session_options_share_the_files() -> None:
     assert engine.recipe(engine.variant(start, session)) == recipe
     assert engine.recipe(engine.variant(start, {"block_size": 64})) != recipe
     assert engine.recipe(engine.variant(start, {"accuracy_level": 0})) != recipe
+    int8 = proposed("onnxruntime")["onnxruntime-w8a8"]
+    for knob in ("fixed_scales", "weight_only_down"):
+        turned = engine.variant(int8, {knob: not int8.knobs[knob]})
+        assert engine.recipe(turned) != engine.recipe(int8)
 
 
 def identity_export(directory: Path) -> ExportedModel:
@@ -135,11 +160,12 @@ def test_session_options_reach_the_runtime(tmp_path: Path) -> None:
     exported = identity_export(tmp_path)
     engine, start = engines.get("onnxruntime"), proposed("onnxruntime")["onnxruntime-fp32"]
     options = SessionOptions(batch_size=1, max_tokens=8, threads=2)
-    knobs = {"threads": 1, "graph_level": "basic", "allow_spinning": False, "memory_pattern": False}
-    told = ("threads", "graph_level", "spinning", "memory_pattern")
+    switched_off = ("allow_spinning", "memory_pattern", "arena", "flash_attention")
+    knobs = {"threads": 1, "graph_level": "basic", **dict.fromkeys(switched_off, False)}
+    told = ("threads", "graph_level", "spinning", "memory_pattern", "arena", "flash_attention")
     for candidate, expected in (
-        (start, ("2", "all", "allowed", "planned")),
-        (engine.variant(start, knobs), ("1", "basic", "off", "off")),
+        (start, ("2", "all", "allowed", "planned", "on", "on")),
+        (engine.variant(start, knobs), ("1", "basic", "off", "off", "off", "off")),
     ):
         session = engine.open(candidate, exported, options)
         facts = session.facts()

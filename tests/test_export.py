@@ -26,7 +26,7 @@ from open_autoglm.export.graph import FULL, LAST, write_full_logits_variant
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import small_config, traits
 from open_autoglm.export.quantize import weight_only
-from open_autoglm.export.recipe import OnnxRecipe
+from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.export.routes import NoRoute, choose_route, export_onnx, library_versions
 from open_autoglm.export.store import RECORD, check_disk, export_candidate
 from open_autoglm.measure.isolation import Failure
@@ -34,7 +34,7 @@ from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel
 from open_autoglm.settings import Settings
 
 GENAI, TRANSFORMERS = "onnxruntime-genai", "transformers"
-FP32 = OnnxRecipe(weight_bits=32)
+FP32 = EXACT
 TOKENS: NDArray[np.int64] = np.random.default_rng(0).integers(4, VOCAB_SIZE, (2, 24))
 
 Known = Callable[[Checkpoint, str, str, str], None]
@@ -157,7 +157,7 @@ def test_a_graph_that_already_gives_every_position_stays_as_it_is(tmp_path: Path
     write_full_logits_variant(tmp_path)
     assert onnx.load(tmp_path / FULL) == onnx.load(tmp_path / LAST)
     with pytest.raises(RuntimeError, match="no MatMul"):
-        weight_only(onnx.load(tmp_path / LAST), OnnxRecipe(weight_bits=8))
+        weight_only(onnx.load(tmp_path / LAST), OnnxRecipe(scheme="weight_only", weight_bits=8))
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────
@@ -325,7 +325,7 @@ def fp32_of(engine: str) -> Candidate:
         device="cpu",
         precision="fp32",
         weight_bits=32,
-        knobs={"dynamic_int8": False},
+        knobs={"scheme": "fp32"},
         proposed_because="",
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from open_autoglm.engines.contract import (
     thread_dimension,
     threads_of,
 )
-from open_autoglm.export.recipe import OnnxRecipe
+from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -46,7 +47,14 @@ INT8_ACTIVATIONS = 4
 """The accuracy level of MatMulNBits that rounds activations to int8; 0 keeps them in fp32."""
 
 SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
-    {"threads": ALL_THREADS, "graph_level": "all", "allow_spinning": True, "memory_pattern": True}
+    {
+        "threads": ALL_THREADS,
+        "graph_level": "all",
+        "allow_spinning": True,
+        "flash_attention": True,
+        "memory_pattern": True,
+        "arena": True,
+    }
 )
 """What only the session heeds, at ONNX Runtime's own defaults: no such knob changes an exported file."""
 
@@ -55,7 +63,7 @@ class OnnxRuntimeEngine:
     """The default CPU engine."""
 
     name = "onnxruntime"
-    summary = "ONNX Runtime, CPU provider: fp32, dynamic int8, 8- and 4-bit weights"
+    summary = "ONNX Runtime, CPU provider: fp32, int8 by calibration, 8- and 4-bit weights"
 
     def probe(self, device: Device) -> Probe:
         if device != "cpu":
@@ -74,12 +82,29 @@ class OnnxRuntimeEngine:
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         vnni = _has_vnni(analysis.hardware)
         hope = "has VNNI, so int8 arithmetic is fast" if vnni else "has no VNNI: int8 may not pay"
-        whole: dict[str, Knob] = {"dynamic_int8": False, **SESSION_KNOBS}
-        dynamic: dict[str, Knob] = {**whole, "dynamic_int8": True}
-        blocks: dict[str, Knob] = {"block_size": 32, "accuracy_level": INT8_ACTIVATIONS, **whole}
+        blocks: dict[str, Knob] = {
+            "scheme": "weight_only",
+            "block_size": 32,
+            "accuracy_level": INT8_ACTIVATIONS,
+            **SESSION_KNOBS,
+        }
+        scales: dict[str, Knob] = {
+            "scheme": "int8",
+            "fixed_scales": True,
+            "weight_only_down": False,
+            **SESSION_KNOBS,
+        }
+        int8 = _candidate(
+            "int8", scales, "int8 products, scales by calibration: prefill is bound by arithmetic"
+        )
         return [
-            _candidate("fp32", whole, "fused graph with in-place KV cache, exact arithmetic"),
-            _candidate("int8", dynamic, f"int8 weights and activations; this CPU {hope}"),
+            _candidate("fp32", {"scheme": "fp32", **SESSION_KNOBS}, "fused graph, in-place KV cache, exact"),
+            _candidate(
+                "int8",
+                {"scheme": "dynamic_int8", **SESSION_KNOBS},
+                f"int8 weights and activations; this CPU {hope}",
+            ),
+            int8 if vnni else int8.vetoed(_SATURATES),
             _candidate("int8", blocks, "8-bit weights: decode reads a quarter of the fp32 bytes"),
             _candidate("int4", blocks, "4-bit weights: decode reads an eighth of the fp32 bytes"),
         ]
@@ -87,13 +112,13 @@ class OnnxRuntimeEngine:
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
     ) -> tuple[Dimension, ...]:
-        """Block size and accuracy level for weight-only candidates; threads and session options for all."""
+        """What decides quality, by the scheme; threads and session options for all."""
         memory_counts = spec.objective == "memory" or spec.max_memory is not None
         space = [
-            *(_weight_dimensions(analysis.hardware) if _is_weight_only(candidate.knobs) else ()),
+            *_scheme_dimensions(str(candidate.knobs["scheme"]), analysis.hardware),
             thread_dimension(analysis.hardware),
             *_SESSION_DIMENSIONS,
-            *([_MEMORY_PATTERN] if memory_counts else ()),
+            *(_MEMORY_DIMENSIONS if memory_counts else ()),
         ]
         return dimensions_around(candidate, space)
 
@@ -132,13 +157,48 @@ _SESSION_DIMENSIONS = (
         values=(True, False),
         because="threads that spin between operators start the next one sooner and keep the cores busy",
     ),
+    Dimension(
+        knob="flash_attention",
+        values=(True, False),
+        because="tiles save memory on long prompts; short ones can be faster with the whole score matrix",
+    ),
 )
 
-_MEMORY_PATTERN = Dimension(
-    knob="memory_pattern",
-    values=(True, False),
-    because="one block planned for a whole call saves allocations and holds more memory",
+_MEMORY_DIMENSIONS = (
+    Dimension(
+        knob="memory_pattern",
+        values=(True, False),
+        because="one block planned for a whole call saves allocations and holds more memory",
+    ),
+    Dimension(
+        knob="arena",
+        values=(True, False),
+        because="an arena keeps what it once had from the system; without it every call asks again",
+    ),
 )
+
+_INT8_DIMENSIONS = (
+    Dimension(
+        knob="fixed_scales",
+        values=(True, False),
+        because="one activation scale for all tokens is cheaper and coarser than one per token",
+    ),
+    Dimension(
+        knob="weight_only_down",
+        values=(False, True),
+        because="down-projections have the widest inputs: 8-bit weights alone are slower there, and closer",
+    ),
+)
+
+_SATURATES = (
+    "this CPU has no VNNI: without it ONNX Runtime adds pairs of int8 products in 16 bits, which overflow"
+)
+
+
+def _scheme_dimensions(scheme: str, hardware: Hardware) -> Sequence[Dimension]:
+    if scheme == "int8":
+        return _INT8_DIMENSIONS
+    return _weight_dimensions(hardware) if scheme == "weight_only" else ()
 
 
 def _weight_dimensions(hardware: Hardware) -> list[Dimension]:
@@ -162,14 +222,10 @@ def _has_vnni(hardware: Hardware) -> bool:
     return not {"avx512_vnni", "avx_vnni"}.isdisjoint(hardware.isa)
 
 
-def _is_weight_only(knobs: Mapping[str, Knob]) -> bool:
-    return "block_size" in knobs
-
-
 def _candidate(precision: Precision, knobs: Mapping[str, Knob], because: str) -> Candidate:
     """The candidate of one configuration, from which alone its id follows."""
     bits = float(_BITS[precision])
-    if _is_weight_only(knobs):
+    if knobs["scheme"] == "weight_only":
         bits += 32 / int(knobs["block_size"])  # one fp32 scale per block
     return Candidate(
         id=_id(precision, knobs),
@@ -184,32 +240,55 @@ def _candidate(precision: Precision, knobs: Mapping[str, Knob], because: str) ->
 
 def _id(precision: Precision, knobs: Mapping[str, Knob]) -> str:
     """What the files are, then what the session does otherwise than by default."""
+    names = {"fp32": "fp32", "dynamic_int8": "dynamic-int8", "int8": "w8a8"}
     parts = ["onnxruntime"]
-    if _is_weight_only(knobs):
+    if knobs["scheme"] == "weight_only":
         parts.append(f"w{_BITS[precision]}-b{knobs['block_size']}")
         if knobs["accuracy_level"] != INT8_ACTIVATIONS:
             parts.append(f"a{knobs['accuracy_level']}")
     else:
-        parts.append("dynamic-int8" if knobs["dynamic_int8"] else precision)
+        parts.append(names[str(knobs["scheme"])])
+    if knobs["scheme"] == "int8":
+        parts += [] if knobs["fixed_scales"] else ["token"]
+        parts += ["wdown"] if knobs["weight_only_down"] else []
     if knobs["threads"] != ALL_THREADS:
         parts.append(f"t{knobs['threads']}")
     if knobs["graph_level"] != "all":
         parts.append(f"g-{knobs['graph_level']}")
-    if not knobs["allow_spinning"]:
-        parts.append("nospin")
-    if not knobs["memory_pattern"]:
-        parts.append("nopattern")
+    switched_off = {
+        "allow_spinning": "nospin",
+        "flash_attention": "noflash",
+        "memory_pattern": "nopattern",
+        "arena": "noarena",
+    }
+    parts += [name for knob, name in switched_off.items() if not knobs[knob]]
     return "-".join(parts)
 
 
+_REST_BLOCK_SIZE = 16
+"""Of what stays weight-only beside int8 products: little of the bytes, so the closest fit."""
+
+
 def _recipe_of(candidate: Candidate) -> OnnxRecipe:
-    dynamic = bool(candidate.knobs["dynamic_int8"])
-    if candidate.precision == "fp32" or dynamic:
-        return OnnxRecipe(weight_bits=32, dynamic_int8=dynamic)
+    knobs = candidate.knobs
+    if knobs["scheme"] == "fp32":
+        return EXACT
+    if knobs["scheme"] == "dynamic_int8":
+        return EXACT.model_copy(update={"scheme": "dynamic_int8"})
+    if knobs["scheme"] == "int8":
+        return OnnxRecipe(
+            scheme="int8",
+            weight_bits=8,
+            block_size=_REST_BLOCK_SIZE,
+            accuracy_level=INT8_ACTIVATIONS,
+            fixed_scales=bool(knobs["fixed_scales"]),
+            weight_only_down=bool(knobs["weight_only_down"]),
+        )
     return OnnxRecipe(
+        scheme="weight_only",
         weight_bits=8 if candidate.precision == "int8" else 4,
-        block_size=int(candidate.knobs["block_size"]),
-        accuracy_level=int(candidate.knobs["accuracy_level"]),
+        block_size=int(knobs["block_size"]),
+        accuracy_level=int(knobs["accuracy_level"]),
     )
 
 
@@ -223,6 +302,8 @@ def _installed_version() -> str | None:
 
 
 _SPINNING = "session.intra_op.allow_spinning"
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+"""Read from the environment by each GroupQueryAttention when its session is made; there is no option."""
 
 
 class OnnxRuntimeSession:
@@ -262,7 +343,9 @@ class OnnxRuntimeSession:
         level = _GRAPH_LEVELS[str(self._knobs["graph_level"])]
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
         options.enable_mem_pattern = bool(self._knobs["memory_pattern"])
+        options.enable_cpu_mem_arena = bool(self._knobs["arena"])
         options.add_session_config_entry(_SPINNING, "1" if self._knobs["allow_spinning"] else "0")
+        os.environ[_NO_FLASH] = "0" if self._knobs["flash_attention"] else "1"
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         session.disable_fallback()
         return session
@@ -337,7 +420,9 @@ class OnnxRuntimeSession:
             "threads": str(options.intra_op_num_threads),
             "graph_level": options.graph_optimization_level.name.removeprefix("ORT_ENABLE_").lower(),
             "spinning": {"1": "allowed", "0": "off"}[options.get_session_config_entry(_SPINNING)],
+            "flash_attention": "on" if self._knobs["flash_attention"] else "off",
             "memory_pattern": "planned" if options.enable_mem_pattern else "off",
+            "arena": "on" if options.enable_cpu_mem_arena else "off",
             "kv_cache": self._facts.kv_cache,
         }
 

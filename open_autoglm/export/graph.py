@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from open_autoglm.schemas import Model
 
 LAST = "model.onnx"
@@ -72,3 +74,22 @@ def _free_sequence_dimension(graph: Any) -> None:
     del graph.value_info[:]
     logits = next(output for output in graph.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+
+
+def store_embedding_by_row(graph: Any) -> None:
+    """Give a tied embedding rows of its own where the builder looks it up in the transposed head.
+
+    Otherwise ONNX Runtime transposes the matrix when it loads the graph and keeps the copy in memory. Rows
+    that lie in the file are mapped, and only those that are looked up are ever read.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Transpose"]:
+        readers = [reader for reader in graph.node if node.output[0] in reader.input]
+        if node.input[0] in constants and all(reader.op_type == "Gather" for reader in readers):
+            rows = np.ascontiguousarray(numpy_helper.to_array(constants[node.input[0]]).T)
+            graph.initializer.append(numpy_helper.from_array(rows, f"{node.output[0]}/rows"))
+            for reader in readers:
+                reader.input[0] = f"{node.output[0]}/rows"
+            graph.node.remove(node)

@@ -8,13 +8,19 @@ from pydantic import Field
 
 from open_autoglm.schemas import Model
 
+Scheme = Literal["fp32", "weight_only", "dynamic_int8", "int8"]
+"""Exact; low-bit weights (MatMulNBits); int8 with one activation scale per call; int8 with one per token."""
+
 
 class OnnxRecipe(Model):
     """Precision and quantisation of one ONNX export."""
 
+    scheme: Scheme
     weight_bits: Literal[4, 8, 32] = Field(description="stored bits per linear weight, scales apart")
     block_size: int = Field(32, description="weights per scale (MatMulNBits)")
     accuracy_level: int = Field(0, description="MatMulNBits arithmetic: 0 fp32, 4 int8 activations")
-    dynamic_int8: bool = Field(
-        False, description="int8 weights and activations, one activation scale per call"
-    )
+    fixed_scales: bool = Field(False, description="int8: one activation scale for all tokens where it does")
+    weight_only_down: bool = Field(False, description="int8: down-projections get 8-bit weights only")
+
+
+EXACT = OnnxRecipe(scheme="fp32", weight_bits=32)

@@ -10,11 +10,12 @@ from typing import Protocol
 
 from open_autoglm.engines.contract import ExportContext
 from open_autoglm.export import genai_route, transformers_route
-from open_autoglm.export.graph import write_full_logits_variant
+from open_autoglm.export.graph import DecoderFacts, write_full_logits_variant
+from open_autoglm.export.int8 import int8_export
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import check_route, decoder_facts, small_config, traits
 from open_autoglm.export.quantize import dynamic_int8
-from open_autoglm.export.recipe import OnnxRecipe
+from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.schemas import Checkpoint, Model
 
@@ -65,11 +66,18 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
         route = choose_route(checkpoint, context.ledger, Path(scratch))
         work = Path(scratch) / "export"
         work.mkdir()
-        route.export(checkpoint, recipe, context.output, work)
-    if recipe.dynamic_int8:
+        facts = _facts(checkpoint, route)
+        if recipe.scheme == "int8":
+            exact = Path(scratch) / "exact"
+            exact.mkdir()
+            route.export(checkpoint, EXACT, exact, work)
+            int8_export(exact, context.output, checkpoint, recipe, facts)
+        else:
+            route.export(checkpoint, recipe, context.output, work)
+    if recipe.scheme == "dynamic_int8":
         dynamic_int8(context.output)
     write_full_logits_variant(context.output)
-    _write_facts(checkpoint, route, context.output)
+    facts.write(context.output)
     _remove_extras(context.output)
     return route.NAME
 
@@ -136,11 +144,11 @@ def preflight_job(job: PreflightJob) -> PreflightPassed:
     return PreflightPassed()
 
 
-def _write_facts(checkpoint: Checkpoint, route: Route, output: Path) -> None:
+def _facts(checkpoint: Checkpoint, route: Route) -> DecoderFacts:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
-    decoder_facts(config, route.KV_CACHE).write(output)
+    return decoder_facts(config, route.KV_CACHE)
 
 
 def _remove_extras(output: Path) -> None:

@@ -1,0 +1,118 @@
+"""How to round the inputs of linear layers to int8 so that the products keep their value.
+
+*Smoothing* moves the range of outlier channels into the weights (SmoothQuant, Xiao et al., 2023,
+arXiv:2211.10438): ``x W = (x / s)(s W)`` with ``s = max|x|^a / max|W|^(1-a)`` per channel. Dividing is
+free at run time, as it is folded into what makes ``x``: the weight of the norm before, or the
+up-projection of a gated MLP.
+
+*Fixed scales* are one number for all tokens: cheaper than one per token, and wrong where tokens differ
+much in range, as they do before the down-projection.
+
+The strength ``a`` and the fixed scale are those with the least error of the product on calibration tokens
+(a search as in AWQ, Lin et al., 2024, arXiv:2306.00978). No smoothing at all is among the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from open_autoglm.export.calibrate import Activations
+from open_autoglm.export.linears import Decoder, Linear, Matrix, Role, Vector
+
+STRENGTHS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 0.85)
+CLIPS = tuple(np.linspace(0.1, 1, 19))
+"""Fixed scales to try, as shares of what would just hold the largest value seen."""
+
+FIXED: frozenset[Role] = frozenset({"mlp", "output"})
+"""Where one scale for all tokens is good enough: on the 135M demo GLM it changed perplexity by less than
+0.1 % there, but by 0.3 % before query, key and value, and by 4 % before the down-projection."""
+
+_COLUMNS = 1024
+"""Outputs that an error is computed on; a sample, as an MLP may have tens of thousands."""
+
+
+def by_source(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
+    """Linear layers that multiply the same value, and so share its rounding."""
+    grouped: dict[str, list[Linear]] = {}
+    for linear in linears:
+        grouped.setdefault(linear.source, []).append(linear)
+    return grouped
+
+
+def fit(
+    decoder: Decoder, linears: Sequence[Linear], seen: Mapping[str, Activations], fixed: frozenset[str]
+) -> dict[str, float]:
+    """Smooth what ``linears`` read, in the graph; the scale of each value among ``fixed``.
+
+    A value that others than ``linears`` read, or whose maker takes no scale, is not smoothed.
+    """
+    scales = {}
+    for source, readers in by_source(linears).items():
+        weights = [decoder.value(linear.weight) for linear in readers]
+        constant = decoder.scaled_by(source) if decoder.readers(source) == len(readers) else None
+        strengths = STRENGTHS if constant is not None else STRENGTHS[:1]
+        best = _best(seen[source], np.concatenate(weights, axis=1), strengths, fixed=source in fixed)
+        if best.scale is not None:
+            scales[source] = best.scale
+        if constant is not None:
+            for linear, weight in zip(readers, weights, strict=True):
+                decoder.replace(linear.weight, weight * best.smoothing[:, None])
+            decoder.replace(constant, decoder.value(constant) / best.smoothing)
+    return scales
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One way to round a value, and the squared error of its products on the calibration tokens."""
+
+    smoothing: Vector
+    """``float32[inputs]``: what the value is divided by and the weights are multiplied by."""
+
+    scale: float | None
+    """One scale for all tokens, or None for a scale per token."""
+
+    error: float
+
+
+def _best(seen: Activations, weight: Matrix, strengths: Sequence[float], *, fixed: bool) -> Rounding:
+    largest = np.abs(weight).max(axis=1)
+    sample = weight[:, :: max(1, weight.shape[1] // _COLUMNS)]
+    exact = seen.rows @ sample
+
+    def tried(smoothing: Vector) -> Iterator[Rounding]:
+        rows, rounded = seen.rows / smoothing, _per_row((sample * smoothing[:, None]).T).T
+        if not fixed:
+            yield Rounding(smoothing, None, _squared(_per_row(rows) @ rounded - exact))
+            return
+        ceiling = float(np.abs(rows).max()) / 127 or 1.0
+        for scale in (float(clip * ceiling) for clip in CLIPS):
+            clipped = np.clip(np.rint(rows / scale), -127, 127) * np.float32(scale)
+            yield Rounding(smoothing, scale, _squared(clipped @ rounded - exact))
+
+    ways = (way for strength in strengths for way in tried(_smoothing(seen.largest, largest, strength)))
+    return min(ways, key=lambda way: way.error)
+
+
+def _squared(difference: Matrix) -> float:
+    return float(np.square(difference).sum())
+
+
+def _smoothing(activation: Vector, weight: Vector, strength: float) -> Vector:
+    """With a geometric mean of one, so that neither side loses range; one everywhere for strength 0."""
+    if strength == 0:
+        return np.ones_like(activation)
+    tiny = np.float32(1e-5)
+    scale = np.maximum(activation, tiny) ** strength / np.maximum(weight, tiny) ** (1 - strength)
+    normalised: Vector = scale / np.exp(np.log(scale).mean())
+    return normalised
+
+
+def _per_row(values: Matrix) -> Matrix:
+    """``values`` after symmetric rounding to int8 with one scale per row."""
+    scale = np.abs(values).max(axis=1, keepdims=True) / 127
+    scale[scale == 0] = 1
+    rounded: Matrix = np.rint(values / scale) * scale
+    return rounded

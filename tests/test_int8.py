@@ -1,0 +1,258 @@
+"""int8 products: what is rounded how, and that outliers of one token do not cost another its resolution."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from tiny_models import VOCAB_SIZE, build_checkpoint
+
+from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.engines.contract import ExportContext, SessionOptions
+from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
+from open_autoglm.export.calibrate import Activations, calibration_windows, observe
+from open_autoglm.export.graph import LAST, DecoderFacts, store_embedding_by_row
+from open_autoglm.export.int8 import compute_in_int8
+from open_autoglm.export.linears import Decoder
+from open_autoglm.export.quantize import dynamic_int8
+from open_autoglm.export.recipe import EXACT, OnnxRecipe
+from open_autoglm.export.rounding import by_source, fit
+from open_autoglm.export.routes import export_onnx
+from open_autoglm.schemas import Checkpoint
+
+Numbers = NDArray[np.float32]
+TOKENS: NDArray[np.int64] = np.random.default_rng(0).integers(4, VOCAB_SIZE, (2, 24))
+INT8 = OnnxRecipe(scheme="int8", weight_bits=8, block_size=16, accuracy_level=4, fixed_scales=True)
+
+
+def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path) -> Path:
+    output.mkdir(parents=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        export_onnx(checkpoint, recipe, ExportContext(output=output, ledger=output.parent / "ledger.json"))
+    return output
+
+
+@pytest.fixture(scope="module")
+def glm(tiny_glm: Path) -> Checkpoint:
+    return load_checkpoint(str(tiny_glm))
+
+
+@pytest.fixture(scope="module")
+def exact(glm: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 export of the tiny GLM."""
+    return export(glm, EXACT, tmp_path_factory.mktemp("exact") / "export")
+
+
+def logits(directory: Path) -> Numbers:
+    session = OnnxRuntimeSession(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
+    found = session.full_logits(TOKENS)
+    session.close()
+    return found
+
+
+# ── which layers ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("model_type", ["glm", "llama", "qwen3", "glm4"])
+def test_layers_are_known_by_what_they_compute(model_type: str, tmp_path: Path) -> None:
+    """Two layers by either exporter: names and fusions differ, the roles do not. Some projections are packed:
+    one matrix or three for query, key and value, one or two for gate and up."""
+    checkpoint = load_checkpoint(str(build_checkpoint(tmp_path / "it", model_type)))
+    model = onnx.load(export(checkpoint, EXACT, tmp_path / "export") / LAST, load_external_data=False)
+    found = Counter(Decoder(model.graph).roles().values())
+    assert {role: found[role] for role in ("head", "output", "down")} == {"head": 1, "output": 2, "down": 2}
+    assert found["attention"] in (2, 6)
+    assert found["mlp"] in (2, 4)
+
+
+# ── the arithmetic ───────────────────────────────────────────────────────────────────────────────
+
+WEIGHT: Numbers = np.random.default_rng(1).standard_normal((32, 16)).astype(np.float32)
+
+
+def one_layer(operators: Callable[[Decoder], None]) -> Callable[[Numbers], Numbers]:
+    """``x @ WEIGHT`` as a graph, after ``operators`` has changed it."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "tokens", 32])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])]
+    node = helper.make_node("MatMul", ["x", "weight"], ["logits"], name="layer")
+    graph = helper.make_graph([node], "layer", inputs, outputs, [numpy_helper.from_array(WEIGHT, "weight")])
+    operators(Decoder(graph))
+    opset = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=opset)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda x: session.run(["logits"], {"x": x})[0]  # type: ignore[no-any-return]
+
+
+def per_token(decoder: Decoder) -> None:
+    compute_in_int8(decoder, decoder.linears(), {})
+
+
+@pytest.fixture
+def activations() -> Numbers:
+    """Two rows of five tokens, one of them a hundred times as large as the others."""
+    found = np.random.default_rng(2).standard_normal((2, 5, 32)).astype(np.float32)
+    found[1, 3] *= 100
+    return found
+
+
+def relative_error(found: Numbers, expected: Numbers) -> Numbers:
+    """``float32[batch, tokens]``."""
+    error: Numbers = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return error
+
+
+def test_a_large_token_costs_the_others_nothing(activations: Numbers) -> None:
+    """Each token is rounded by its own scale: 1 % is what int8 on both sides costs. One scale for all of
+    them, the alternative, loses the small ones."""
+    expected = activations @ WEIGHT
+    assert relative_error(one_layer(per_token)(activations), expected).max() < 0.015
+    common = float(np.abs(activations).max() / 127)
+    fixed = one_layer(lambda decoder: compute_in_int8(decoder, decoder.linears(), {"x": common}))
+    error = relative_error(fixed(activations), expected)
+    assert error[1, 3] < 0.015
+    assert np.delete(error.ravel(), 8).min() > 0.1
+
+
+def test_a_token_of_zeros_gives_zeros(activations: Numbers) -> None:
+    """Dividing by the largest of a token must not turn nothing into something."""
+    activations[0, 2] = 0
+    found = one_layer(per_token)(activations)
+    assert not found[0, 2].any()
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(broken: float, exact: Path) -> None:
+    """Bytes hold no NaN: rounded, it would be a number like any other, and the model silently wrong."""
+    model = onnx.load(exact / LAST)
+    decoder = Decoder(model.graph)
+    linear = decoder.linears()[0]
+    weight = decoder.value(linear.weight).copy()
+    weight[3, 4] = broken
+    decoder.replace(linear.weight, weight)
+    with pytest.raises(ValueError, match=rf"{linear.weight} .* not finite"):
+        compute_in_int8(decoder, [linear], {})
+
+
+# ── calibration ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_calibration_sees_what_flows(glm: Checkpoint, exact: Path) -> None:
+    """The largest magnitude per channel is over all tokens, so no sampled row is above it."""
+    model = onnx.load(exact / LAST)
+    sources = sorted(by_source(Decoder(model.graph).linears()[:-1]))
+    windows = calibration_windows(glm)
+    seen = observe(exact, sources, windows, DecoderFacts.read(exact))
+    assert sorted(seen) == sources
+    for found in seen.values():
+        assert found.rows.shape[1:] == found.largest.shape
+        assert len(found.rows) == 16 * len(windows)
+        assert (np.abs(found.rows).max(axis=0) <= found.largest * 1.0001).all()
+    assert sorted(path.name for path in exact.iterdir()) == sorted(
+        ["decoder.json", "model.onnx", "model.onnx.data", "model_full.onnx"]
+    )
+
+
+def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, tmp_path: Path) -> None:
+    """The scales are folded into norms and up-projections: the fp32 graph still computes the same."""
+    model = onnx.load(exact / LAST)
+    decoder = Decoder(model.graph)
+    roles = decoder.roles()
+    linears = [linear for linear in decoder.linears() if roles[linear.output] != "head"]
+    generator = np.random.default_rng(3)
+    seen: dict[str, Any] = {}
+    for source, readers in by_source(linears).items():
+        rows = generator.standard_normal((64, len(decoder.value(readers[0].weight)))).astype(np.float32)
+        rows[:, 5] *= 50
+        seen[source] = Activations(largest=np.abs(rows).max(axis=0), rows=rows)
+    before = {linear.weight: decoder.value(linear.weight).copy() for linear in linears}
+    assert fit(decoder, linears, seen, frozenset()) == {}
+    changed = {
+        roles[linear.output]
+        for linear in linears
+        if (decoder.value(linear.weight) != before[linear.weight]).any()
+    }
+    assert changed == {"attention", "mlp", "down"}  # what attention makes takes no scale
+    onnx.save(model, tmp_path / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    DecoderFacts.read(exact).write(tmp_path)
+    session = OnnxRuntimeSession(tmp_path, SessionOptions(batch_size=2, max_tokens=32, threads=1))
+    assert np.allclose(session.prefill(TOKENS), logits(exact)[:, -1], atol=1e-3)
+
+
+def test_fixed_scales_clip_what_is_rare() -> None:
+    """The one scale for all tokens follows the many, not the one."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["logits"], name="layer")],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "tokens", 32])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])],
+        [numpy_helper.from_array(WEIGHT, "weight")],
+    )
+    decoder = Decoder(graph)
+    rows = np.random.default_rng(4).standard_normal((4096, 32)).astype(np.float32)
+    rows[0, 0] = 40
+    seen = {"x": Activations(largest=np.abs(rows).max(axis=0), rows=rows)}
+    scale = fit(decoder, decoder.linears(), seen, frozenset({"x"}))["x"]
+    assert 4 < scale * 127 < 20
+
+
+# ── the export ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Path, tmp_path: Path) -> None:
+    """On the same weights and tokens, against fp32; and the recipe decides which operators there are."""
+    import shutil
+
+    shutil.copytree(exact, tmp_path / "call")
+    dynamic_int8(tmp_path / "call")
+    from open_autoglm.export.graph import write_full_logits_variant
+
+    write_full_logits_variant(tmp_path / "call")
+    expected = logits(exact)
+    error = {
+        name: float(np.square(logits(path) - expected).mean())
+        for name, path in {
+            "call": tmp_path / "call",
+            "fixed": export(glm, INT8, tmp_path / "fixed"),
+            "token": export(glm, INT8.model_copy(update={"fixed_scales": False}), tmp_path / "token"),
+            "down": export(glm, INT8.model_copy(update={"weight_only_down": True}), tmp_path / "down"),
+        }.items()
+    }
+    assert max(error["fixed"], error["token"], error["down"]) < error["call"]
+
+    def operators(name: str) -> Counter[str]:
+        graph = onnx.load(tmp_path / name / LAST, load_external_data=False).graph
+        return Counter(node.op_type for node in graph.node)
+
+    # Two layers: qkv, output, gate, up and down are products; the head stays weight-only.
+    assert (operators("fixed")["MatMulIntegerToFloat"], operators("fixed")["MatMulNBits"]) == (10, 1)
+    assert (operators("down")["MatMulIntegerToFloat"], operators("down")["MatMulNBits"]) == (8, 3)
+    assert operators("fixed")["ReduceMax"] == 4  # qkv and down of each layer
+    assert operators("token")["ReduceMax"] == 8
+
+
+def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> None:
+    """The builder looks it up in the transposed head, which would be transposed again at every start."""
+    checkpoint = load_checkpoint(
+        str(build_checkpoint(tmp_path / "it", "glm", seed=5, tie_word_embeddings=True))
+    )
+    directory = export(checkpoint, EXACT, tmp_path / "export")
+    expected = logits(directory)
+    model = onnx.load(directory / LAST)
+    assert any(node.op_type == "Transpose" for node in model.graph.node)
+    store_embedding_by_row(model.graph)
+    assert not any(node.op_type == "Transpose" for node in model.graph.node)
+    onnx.save(model, directory / LAST, save_as_external_data=True, location="rows.data")
+    session = OnnxRuntimeSession(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
+    assert np.allclose(session.prefill(TOKENS), expected[:, -1], atol=1e-5)
+    assert logits(export(checkpoint, INT8, tmp_path / "int8")).shape == expected.shape

@@ -1,4 +1,4 @@
-"""llama.cpp on the CPU: block-quantised weights from a GGUF, a KV cache in 16 or 8 bits.
+"""llama.cpp on the CPU: weights in blocks from a GGUF, a KV cache in 16 or 8 bits.
 
 Sessions use the C interface as llama-cpp-python declares it, not its high-level class: that one samples,
 keeps a prompt cache and hides what a measurement must control.
@@ -35,6 +35,7 @@ from open_autoglm.schemas import (
     Dimension,
     ExportedModel,
     Knob,
+    ModelProfile,
     OptimizeSpec,
     Precision,
     Probe,
@@ -58,29 +59,42 @@ class _FileType(NamedTuple):
 
 _FILE_TYPES: Mapping[str, _FileType] = MappingProxyType(
     {
-        "F32": _FileType("fp32", 32),
         "F16": _FileType("fp16", 16),
         "BF16": _FileType("bf16", 16),
         "Q8_0": _FileType("int8", 8.5),  # 32 weights and a 16-bit scale in 34 bytes
-        "Q4_0": _FileType("int4", 4.5),  # 18 bytes
-        "Q4_1": _FileType("int4", 5),
-        "IQ4_NL": _FileType("int4", 4.5),
-        "Q4_K_M": _FileType("int4", 4.5),
+        "Q4_0": _FileType("int4", 4.5),  # in 18 bytes
+        "Q4_1": _FileType("int4", 5),  # with a minimum too
+        "IQ4_NL": _FileType("int4", 4.5),  # levels that are not evenly spaced
+        "Q4_K_M": _FileType("int4", 4.5),  # blocks of 256 weights
     }
 )
-"""llama.cpp's names, on the right what they are here."""
+"""By llama.cpp's names. The head of a 4-bit file, and a part of the matrices in Q4_K_M, have more bits."""
+
+_K_BLOCK, _Q8_BLOCK = 256, 32
+"""Numbers that share a scale: a row is a multiple, or llama.cpp takes another type."""
+
+
+class _Attention(NamedTuple):
+    flash: bool
+    cache: str
+    """The type of keys and values, by ggml's name."""
+
+
+_ATTENTIONS: Mapping[str, _Attention] = MappingProxyType(
+    {
+        "flash": _Attention(flash=True, cache="F16"),
+        "flash-q8": _Attention(flash=True, cache="Q8_0"),
+        "plain": _Attention(flash=False, cache="F16"),
+        "exact": _Attention(flash=False, cache="F32"),
+    }
+)
+"""Kernel and cache in one knob, since only the fused kernel reads values in 8 bits. "exact" is for comparing
+with torch: the fused kernel rounds to fp16 on the way, whatever the cache."""
 
 SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
-    {
-        "threads": ALL_THREADS,
-        "flash_attention": True,
-        "ubatch": 512,
-        "kv_type": "f16",
-        "mmap": True,
-        "repack": True,
-    }
+    {"threads": ALL_THREADS, "attention": "flash", "ubatch": 512, "mmap": True}
 )
-"""What only the session heeds: no such knob changes an exported file."""
+"""What only the session heeds, at llama.cpp's own defaults: no such knob changes an exported file."""
 
 
 class LlamaCppEngine:
@@ -105,12 +119,14 @@ class LlamaCppEngine:
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         from open_autoglm.export.gguf_writer import supports
 
+        native = not {"avx512_bf16", "amx_bf16"}.isdisjoint(analysis.hardware.isa)
+        sixteen = "this CPU computes bf16 natively" if native else "this CPU converts fp16 quickly"
         proposed = [
             _candidate(file_type, SESSION_KNOBS, because)
             for file_type, because in (
-                ("F16", "half the bytes of fp32, rounded once"),
-                ("Q8_0", "8-bit blocks of 32 weights: decode reads little more than a quarter of fp32"),
-                ("Q4_0", "4-bit blocks of 32 weights under a finer head: decode reads a seventh of fp32"),
+                ("BF16" if native else "F16", f"half the bytes of fp32; {sixteen}"),
+                ("Q8_0", "8-bit weights with a scale for 32: decode reads little over a quarter of fp32"),
+                ("Q4_0", "4-bit weights under a finer head: decode reads about a seventh of fp32"),
             )
         ]
         reason = supports(analysis.profile)
@@ -119,7 +135,14 @@ class LlamaCppEngine:
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
     ) -> tuple[Dimension, ...]:
-        space = [thread_dimension(analysis.hardware), *_SESSION_DIMENSIONS]
+        """The block format for 4-bit candidates; threads and attention for all; memory where it counts."""
+        memory_counts = spec.objective == "memory" or spec.max_memory is not None
+        space = [
+            *([_blocks(analysis.profile)] if candidate.precision == "int4" else ()),
+            thread_dimension(analysis.hardware),
+            _attention(analysis.profile),
+            *(_MEMORY_DIMENSIONS if memory_counts else ()),
+        ]
         return dimensions_around(candidate, space)
 
     def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
@@ -145,18 +168,36 @@ class LlamaCppEngine:
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────
 
-_SESSION_DIMENSIONS = (
-    Dimension(
-        knob="flash_attention",
-        values=(True, False),
-        because="one fused kernel needs no matrix of scores, and the plain one multiplies matrices faster",
-    ),
+_MEMORY_DIMENSIONS = (
     Dimension(
         knob="ubatch",
         values=(512, 128),
-        because="a prompt read in smaller parts stays in the cache and reads the weights more often",
+        because="a prompt read in smaller parts needs less room and reads the weights more often",
+    ),
+    Dimension(
+        knob="mmap",
+        values=(True, False),
+        because="a mapped file loads at once, but 4-bit weights are then in memory twice while rearranged",
     ),
 )
+
+
+def _blocks(profile: ModelProfile) -> Dimension:
+    k_blocks = ("Q4_K_M",) if profile.hidden_size % _K_BLOCK == 0 else ()
+    return Dimension(
+        knob="file_type",
+        values=("Q4_0", "Q4_1", "IQ4_NL", *k_blocks),
+        because="a block format that follows the weights closer has more to compute or to read",
+    )
+
+
+def _attention(profile: ModelProfile) -> Dimension:
+    q8 = ("flash-q8",) if profile.head_dim % _Q8_BLOCK == 0 else ()
+    return Dimension(
+        knob="attention",
+        values=("flash", *q8, "plain"),
+        because="the fused kernel needs no matrix of scores, and reads a cache in 8 bits, which is half",
+    )
 
 
 def _candidate(file_type: str, knobs: Mapping[str, Knob], because: str) -> Candidate:
@@ -178,16 +219,12 @@ def _id(file_type: str, knobs: Mapping[str, Knob]) -> str:
     parts = ["llamacpp", file_type.lower().replace("_", "-")]
     if knobs["threads"] != ALL_THREADS:
         parts.append(f"t{knobs['threads']}")
-    if not knobs["flash_attention"]:
-        parts.append("noflash")
+    if knobs["attention"] != "flash":
+        parts.append(str(knobs["attention"]))
     if knobs["ubatch"] != SESSION_KNOBS["ubatch"]:
         parts.append(f"u{knobs['ubatch']}")
-    if knobs["kv_type"] != SESSION_KNOBS["kv_type"]:
-        parts.append(f"kv-{str(knobs['kv_type']).replace('_', '-')}")
     if not knobs["mmap"]:
         parts.append("nommap")
-    if not knobs["repack"]:
-        parts.append("norepack")
     return "-".join(parts)
 
 
@@ -206,6 +243,7 @@ class LlamaCppSession:
         self._lib = self._library.c
         self._options = options
         self._knobs = {**SESSION_KNOBS, **knobs}
+        self._attention = _ATTENTIONS[str(self._knobs["attention"])]
         self._model = self._load(path)
         self._context = self._lib.llama_init_from_model(self._model, self._context_parameters())
         if not self._context:
@@ -219,7 +257,6 @@ class LlamaCppSession:
         parameters.load_mode = (
             self._lib.LLAMA_LOAD_MODE_MMAP if self._knobs["mmap"] else self._lib.LLAMA_LOAD_MODE_NONE
         )
-        parameters.use_extra_bufts = bool(self._knobs["repack"])
         model = self._lib.llama_model_load_from_file(str(path).encode(), parameters)
         if not model:
             raise self._library.why(f"llama.cpp could not load {path.name}")
@@ -233,10 +270,8 @@ class LlamaCppSession:
         parameters.n_batch = rows * tokens
         parameters.n_ubatch = min(int(self._knobs["ubatch"]), rows * tokens)
         parameters.n_threads = parameters.n_threads_batch = self._options.threads
-        parameters.type_k = parameters.type_v = getattr(
-            self._lib, f"GGML_TYPE_{str(self._knobs['kv_type']).upper()}"
-        )
-        flash = "ENABLED" if self._knobs["flash_attention"] else "DISABLED"
+        parameters.type_k = parameters.type_v = getattr(self._lib, f"GGML_TYPE_{self._attention.cache}")
+        flash = "ENABLED" if self._attention.flash else "DISABLED"
         parameters.flash_attn_type = getattr(self._lib, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
         parameters.offload_kqv = parameters.op_offload = False
         parameters.kv_unified = False
@@ -312,10 +347,9 @@ class LlamaCppSession:
             "file_type": lib.llama_ftype_name(lib.llama_model_ftype(self._model)).decode(),
             "threads": str(lib.llama_n_threads(self._context)),
             "ubatch": str(lib.llama_n_ubatch(self._context)),
-            "kv_type": str(self._knobs["kv_type"]),
-            "flash_attention": "on" if self._knobs["flash_attention"] else "off",
+            "kv_cache": self._attention.cache.lower(),
+            "flash_attention": "on" if self._attention.flash else "off",
             "weights": "mapped" if self._knobs["mmap"] else "read",
-            "repacking": "allowed" if self._knobs["repack"] else "off",
         }
 
     def close(self) -> None:

@@ -17,13 +17,15 @@ class Library(NamedTuple):
 
     c: Any
     errors: deque[str]
-    """The last lines that it called errors, the newest last."""
+    """The last lines that it called errors, the newest last: the first of a failure names the cause."""
     callback: Callable[..., None]
     """Kept, or the library would call into freed memory."""
 
     def why(self, what: str) -> RuntimeError:
-        """``what`` went wrong, with llama.cpp's own reason if it gave one."""
-        return RuntimeError(f"{what}: {self.errors[-1]}" if self.errors else what)
+        """``what`` went wrong, with llama.cpp's own reasons if it gave any."""
+        reasons = "; ".join(self.errors)
+        self.errors.clear()
+        return RuntimeError(f"{what}: {reasons}" if reasons else what)
 
 
 @cache
@@ -34,7 +36,7 @@ def llama_cpp() -> Library:
     """
     import llama_cpp as c
 
-    errors: deque[str] = deque(maxlen=20)
+    errors: deque[str] = deque(maxlen=5)
 
     def listen(level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace")

@@ -101,7 +101,7 @@ class LlamaCppEngine:
     """An optional CPU engine: its package has no wheels and compiles for this very CPU."""
 
     name = "llamacpp"
-    summary = "llama.cpp: fp16, 8- and 4-bit GGUF weights; compiled on installation"
+    summary = "llama.cpp: 16-, 8- and 4-bit GGUF weights; compiled on installation"
 
     def probe(self, device: Device) -> Probe:
         if device != "cpu":
@@ -120,7 +120,7 @@ class LlamaCppEngine:
         from open_autoglm.export.gguf_writer import supports
 
         native = not {"avx512_bf16", "amx_bf16"}.isdisjoint(analysis.hardware.isa)
-        sixteen = "this CPU computes bf16 natively" if native else "this CPU converts fp16 quickly"
+        sixteen = "this CPU computes bf16 natively" if native else "converted on the way to fp32 arithmetic"
         proposed = [
             _candidate(file_type, SESSION_KNOBS, because)
             for file_type, because in (

@@ -7,8 +7,9 @@ export AUTOGLM_HOME ?= $(CURDIR)/.autoglm
 BIN   := .venv/bin
 READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
+WHEELS := $(AUTOGLM_HOME)/wheels
 
-.PHONY: help demo up down venv test check fmt clean bench bench-trust bench-processes bench-parallel bench-race
+.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,13 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+# llama.cpp is compiled for the CPU it is compiled on, so the wheel is kept with the machine's other data.
+# With --find-links, pip takes the kept wheel for the source package of the same version.
+llamacpp: $(READY) ## Add the llama.cpp engine to .venv; compiled once (5 minutes on 2 cores, needs g++ and cmake)
+	@mkdir -p $(WHEELS)
+	@$(BIN)/pip wheel --quiet --no-deps --find-links $(WHEELS) --wheel-dir $(WHEELS) llama-cpp-python==0.3.36
+	@$(BIN)/pip install --quiet --find-links $(WHEELS) -c constraints.txt -e '.[$(EXTRAS),llamacpp]'
 
 test: $(READY) ## Run the tests; they need no server and leave none
 	env -u PREFECT_API_URL -u MLFLOW_TRACKING_URI $(BIN)/python -m pytest

@@ -207,7 +207,8 @@ def _rotary_facts(decoder: nn.Module, attention: nn.Module, text: Any) -> dict[s
     stated = getattr(text, "rotary_dim", None) or 0
     dims = 2 * frequencies.shape[-1] if frequencies is not None else stated
     style: RotaryStyle = _rotary_style(attention, text) if dims else "none"
-    return {"rotary": style, "rotary_dims": dims}
+    scaling = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    return {"rotary": style, "rotary_dims": dims, "rotary_scaling": scaling}
 
 
 def _rotary_style(attention: nn.Module, text: Any) -> RotaryStyle:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
-RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "tensorrt"}
+RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "tensorrt"}
 
 WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
@@ -27,7 +27,8 @@ WHO_MAY_IMPORT = {
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
     "tensorrt": {"open_autoglm/engines/nvidia.py"},
-    "gguf": {"open_autoglm/demo_model.py"},
+    "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
+    "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
     "matplotlib": {"open_autoglm/figures.py"},
     "jinja2": {"open_autoglm/report.py"},
     "scipy": {
@@ -191,7 +192,7 @@ BROUGHT_BY = {
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked, providers = requirements("cpu", "gpu"), packages_distributions()
+    asked, providers = requirements("cpu", "gpu", "llamacpp"), packages_distributions()
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []
     for found in IMPORTS:
@@ -210,13 +211,14 @@ def locked() -> dict[str, str]:
 
 def pinned() -> dict[str, Any]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["cpu"], *extras["llamacpp"]]
     return {normal(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
 
 
 def test_every_dependency_is_locked() -> None:
     """In constraints.txt or by an exact pin: one set of versions that is known to run together."""
-    assert sorted(requirements("cpu") - locked().keys() - pinned().keys()) == []
+    assert sorted(requirements("cpu", "llamacpp") - locked().keys() - pinned().keys()) == []
 
 
 def test_no_package_has_two_versions() -> None:
@@ -228,5 +230,6 @@ def test_no_package_has_two_versions() -> None:
 def test_every_runtime_dependency_has_its_reason_written() -> None:
     """One line each in docs/dependencies.md."""
     written = normal((ROOT / "docs" / "dependencies.md").read_text().replace("`", " "))
-    missing = [name for name in requirements("cpu") if not re.search(rf"(?<![\w-]){name}(?![\w-])", written)]
+    asked = requirements("cpu", "llamacpp")
+    missing = [name for name in asked if not re.search(rf"(?<![\w-]){name}(?![\w-])", written)]
     assert missing == []

@@ -99,7 +99,7 @@ def refusal(outcome: Outcome) -> str:
         (["--max-memory", "2"], "--max-memory: '2' has no unit: write a size like 2GiB"),
         (["--min-quality", "0"], "--min-quality: Input should be greater than 0"),
         (["--rounds", "1"], "--rounds: Input should be greater than or equal to 3"),
-        (["--engines", "torch,onyx"], "unknown engine 'onyx': choose from onnxruntime, "),
+        (["--engines", "torch,onyx"], "unknown engine 'onyx': choose from "),
         (["--register-as", "a b"], "--register-as: "),
         (["--target-width", "0"], "--target-width: Input should be greater than 0"),
         (["--target-width", "1"], "--target-width: Input should be less than 1"),

@@ -65,6 +65,7 @@ class ModelProfile(Model):
     qk_norm: bool
     rotary: RotaryStyle
     rotary_dims: int
+    rotary_scaling: str = Field("default", description="how it is stretched for long contexts; default: not")
     mlp: Literal["fused_gate_up", "split_gate_up", "plain"]
     norms_per_layer: int
     norm_eps: float

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
-RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "tensorrt"}
+RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "openvino", "tensorrt"}
 
 WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
@@ -26,6 +26,7 @@ WHO_MAY_IMPORT = {
     "onnxruntime": {"open_autoglm/engines/onnxruntime_engine.py", "open_autoglm/export/"},
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
+    "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
     "tensorrt": {"open_autoglm/engines/nvidia.py"},
     "gguf": {"open_autoglm/demo_model.py"},
     "matplotlib": {"open_autoglm/figures.py"},
@@ -191,7 +192,7 @@ BROUGHT_BY = {
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked, providers = requirements("cpu", "gpu"), packages_distributions()
+    asked, providers = requirements("cpu", "gpu", "openvino"), packages_distributions()
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []
     for found in IMPORTS:

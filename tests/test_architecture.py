@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
-RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "tensorrt"}
+RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt"}
 
 WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
@@ -26,6 +26,7 @@ WHO_MAY_IMPORT = {
     "onnxruntime": {"open_autoglm/engines/onnxruntime_engine.py", "open_autoglm/export/"},
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
+    "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
     "tensorrt": {"open_autoglm/engines/nvidia.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
@@ -192,7 +193,7 @@ BROUGHT_BY = {
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked, providers = requirements("cpu", "gpu", "llamacpp"), packages_distributions()
+    asked, providers = requirements("cpu", "gpu", "llamacpp", "openvino"), packages_distributions()
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []
     for found in IMPORTS:

@@ -129,7 +129,7 @@ def test_a_level_removes_something_and_names_it() -> None:
 
 @pytest.mark.parametrize("passing", range(9))
 def test_bisection_finds_the_last_level_that_passes(passing: int) -> None:
-    """In no more looks than it takes; where nothing passes, the first step is among them: its price is told."""
+    """In as few looks as it takes; where nothing passes, the first step was looked at: its price is told."""
     ladder, tried = levels(demo_profile()), []
 
     def passes(candidate: HeadPruning) -> bool:

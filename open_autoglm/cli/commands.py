@@ -308,9 +308,9 @@ def _check_empty(output: Path) -> None:
     """Refuse early a directory that holds anything."""
     from open_autoglm.study import check_output
 
-    check_output(output)
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; choose an empty or a new directory")
+    check_output(output)
 
 
 def run_demo_model(directory: Path) -> None:

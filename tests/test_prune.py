@@ -79,7 +79,7 @@ def test_the_gate_says_stop(checkpoint: Checkpoint, home: Settings, tmp_path: Pa
     found = run(checkpoint, home, 1.2)
     (step,) = found.steps
     assert (step.verdict, found.accepted, found.pruned) == ("rejected", None, None)
-    assert "min_quality: 1 < 1.2" in step.reason
+    assert "min_quality: 1.00 < 1.20" in step.reason
     assert found.conclusion.startswith(
         "No head can be removed if 120.0% of the quality is to be kept: the first step, 1 of 2 heads, "
         "keeps 100.0% ("

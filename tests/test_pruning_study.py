@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from benches import real_candidate
+from demo_trials import SHAPES, demo_quality, demo_screening
 from numpy.typing import NDArray
 from studies import demo_analysis
 from tiny_models import VOCAB_SIZE
 
 from open_autoglm import engines
+from open_autoglm.bracket import after_screening
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.errors import UserError
@@ -242,3 +244,22 @@ def test_pruning_is_part_of_what_a_candidate_is() -> None:
     trial = Trial(id=pruned.id, engine="torch", candidate=pruned, status="ok", reason="")
     assert trial_params(trial)["pruning.kv_groups"] == 1
     assert with_pruning(whole, None) is whole
+
+
+def test_a_study_tells_the_price_of_pruning() -> None:
+    """A pruned candidate that loses too much is stopped like any other, with its figure."""
+    candidate = with_pruning(real_candidate("onnxruntime-w8-b32"), levels(demo_analysis().profile)[0])
+    shape = SHAPES[5]._replace(id=candidate.id, kept=(0.871, 0.882))
+    trial = Trial(
+        id=candidate.id,
+        engine=candidate.engine,
+        candidate=candidate,
+        status="ok",
+        reason="screened",
+        screening=demo_screening(shape),
+        quality=demo_quality(shape),
+    )
+    (stopped,) = after_screening([trial], SPEC)
+    assert stopped.status == "stopped"
+    assert stopped.fall is not None
+    assert "min_quality: 0.871 < 0.990 (prefill path, 768 tokens)" in stopped.fall.reason

@@ -35,7 +35,7 @@ from open_autoglm.pruning.levels import (
     removed_parameters,
     why_not,
 )
-from open_autoglm.pruning.loop import bisect
+from open_autoglm.pruning.loop import last_passing
 from open_autoglm.pruning.recovery import recover
 from open_autoglm.pruning.surgery import KeptHeads, choose_heads, remove_heads
 from open_autoglm.quality.texts import TEXTS, encode, load_tokenizer
@@ -128,17 +128,17 @@ def test_a_level_removes_something_and_names_it() -> None:
 
 
 @pytest.mark.parametrize("passing", range(9))
-def test_bisection_finds_the_last_level_that_passes(passing: int) -> None:
-    """In as few looks as it takes; where nothing passes, the first step was looked at: its price is told."""
+def test_the_search_finds_the_last_level_that_passes(passing: int) -> None:
+    """In few looks, each level at most once; where nothing passes, one is enough, and its price is told."""
     ladder, tried = levels(demo_profile()), []
 
     def passes(candidate: HeadPruning) -> bool:
         tried.append(candidate)
         return ladder.index(candidate) < passing
 
-    assert bisect(ladder, passes) == (ladder[passing - 1] if passing else None)
-    assert len(tried) == len(set(tried)) <= 4
-    assert passing > 0 or tried[-1] == ladder[0]
+    assert last_passing(ladder, passes) == (ladder[passing - 1] if passing else None)
+    assert len(tried) == len(set(tried)) <= 5
+    assert passing > 0 or tried == ladder[:1]
 
 
 # ── importance ───────────────────────────────────────────────────────────────────────────────────

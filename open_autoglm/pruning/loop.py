@@ -1,9 +1,10 @@
-"""Remove as many heads as the quality gate lets pass: a threshold raised by bisection, each step on record.
+"""Remove as many heads as the quality gate lets pass: a threshold raised until it stops, each step on record.
 
 Levels are ordered by the parameters they remove, and each that is tried is judged like a candidate of a
-study: in fp32, on both paths, against the whole model's predictions of the evaluation texts. Bisection
+study: in fp32, on both paths, against the whole model's predictions of the evaluation texts. The search
 takes it that quality falls from level to level. It need not, quite: what is accepted has passed the gate
-itself, but a larger level that would have passed may remain untried.
+itself, but a larger level that would have passed may remain untried. Which level is accepted is chosen by
+the texts it is judged by, from a handful; its heads are chosen by other texts.
 """
 
 from __future__ import annotations
@@ -126,12 +127,7 @@ def prune(
         return step.verdict == "accepted"
 
     ladder = levels(analysis.profile, criterion=criterion, recover_steps=recover_steps, seed=spec.seed)
-    accepted = bisect(ladder, passes)
-    pruned = None
-    if accepted is not None:
-        pruned = pruned_checkpoint(checkpoint, accepted, settings, bench.study.log_path(accepted.suffix))
-        if isinstance(pruned, Failure):
-            raise UserError(f"the pruned checkpoint could not be made again: {pruned.reason}")
+    accepted = last_passing(ladder, passes)
     return PruningRun(
         checkpoint=checkpoint.name,
         checkpoint_digest=checkpoint.digest,
@@ -139,9 +135,17 @@ def prune(
         keep_quality=spec.min_quality,
         steps=tuple(judged),
         accepted=accepted,
-        pruned=pruned,
+        pruned=None if accepted is None else _checkpoint_of(accepted, bench, settings),
         conclusion=_conclusion(judged, accepted, spec.min_quality),
     )
+
+
+def _checkpoint_of(level: HeadPruning, bench: Bench, settings: Settings) -> Checkpoint:
+    """From the store, where it was put to be judged; made again if it was damaged meanwhile."""
+    found = pruned_checkpoint(bench.checkpoint, level, settings, bench.study.log_path(level.suffix))
+    if isinstance(found, Failure):
+        raise UserError(f"the pruned checkpoint could not be made again: {found.reason}")
+    return found
 
 
 def deliver(run: PruningRun, directory: Path) -> PruningRun:
@@ -154,15 +158,21 @@ def deliver(run: PruningRun, directory: Path) -> PruningRun:
     return run.model_copy(update={"pruned": run.pruned.model_copy(update={"path": directory})})
 
 
-def bisect(ladder: Sequence[HeadPruning], passes: Callable[[HeadPruning], bool]) -> HeadPruning | None:
-    """The last of ``ladder`` that passes if all that pass come first; None if the first one does not."""
-    low, high = 0, len(ladder)  # below low all pass, from high on none does
+def last_passing(ladder: Sequence[HeadPruning], passes: Callable[[HeadPruning], bool]) -> HeadPruning | None:
+    """The last of ``ladder`` that passes if all that pass come first; None if the first one does not.
+
+    From the bottom in strides that double, then bisection between the last that passed and the first that
+    did not (Bentley and Yao, "An almost optimal algorithm for unbounded searching", 1976): where nothing
+    passes, which is common, one look is enough, and no hopeless level is judged before its betters.
+    """
+    low, high, stride = 0, len(ladder), 1  # below low all pass, from high on none does
     while low < high:
-        middle = (low + high) // 2
-        if passes(ladder[middle]):
-            low = middle + 1
+        one_failed = high < len(ladder)
+        look = (low + high) // 2 if one_failed else min(low + stride, high) - 1
+        if passes(ladder[look]):
+            low, stride = look + 1, 2 * stride
         else:
-            high = middle
+            high = look
     return ladder[low - 1] if low else None
 
 

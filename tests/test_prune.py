@@ -81,8 +81,8 @@ def test_the_gate_says_stop(checkpoint: Checkpoint, home: Settings, tmp_path: Pa
     assert (step.verdict, found.accepted, found.pruned) == ("rejected", None, None)
     assert "min_quality: 1.00 < 1.20" in step.reason
     assert found.conclusion.startswith(
-        "No head can be removed if 120.0% of the quality is to be kept: the first step, 1 of 2 heads, "
-        "keeps 100.0% ("
+        "No head can be removed if 120.0% of the quality is to be kept: the best first step, "
+        "1 of 2 heads in 1 of 2 groups, keeps 100.0% ("
     )
     assert deliver(found, tmp_path / "out") == found
     assert not (tmp_path / "out").exists()
@@ -110,7 +110,7 @@ def test_a_level_that_cannot_be_made_is_no_answer(
     found = run(checkpoint, home, 0.999)
     assert [(step.verdict, step.ratio) for step in found.steps] == [("failed", None)]
     assert found.accepted is None
-    assert found.conclusion.endswith("the first step, 1 of 2 heads, failed, ran out of memory.")
+    assert found.conclusion.endswith("1 of 2 heads in 1 of 2 groups, failed, ran out of memory.")
 
 
 def test_a_model_without_removable_heads_is_refused(checkpoint: Checkpoint, settings: Settings) -> None:

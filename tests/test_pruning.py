@@ -35,7 +35,7 @@ from open_autoglm.pruning.levels import (
     removed_parameters,
     why_not,
 )
-from open_autoglm.pruning.loop import last_passing
+from open_autoglm.pruning.loop import last_passing, search
 from open_autoglm.pruning.recovery import recover
 from open_autoglm.pruning.surgery import KeptHeads, choose_heads, remove_heads
 from open_autoglm.quality.texts import TEXTS, encode, load_tokenizer
@@ -128,7 +128,7 @@ def test_a_level_removes_something_and_names_it() -> None:
 
 
 @pytest.mark.parametrize("passing", range(9))
-def test_the_search_finds_the_last_level_that_passes(passing: int) -> None:
+def test_a_chain_is_searched_for_the_last_that_passes(passing: int) -> None:
     """In few looks, each level at most once; where nothing passes, one is enough, and its price is told."""
     ladder, tried = levels(demo_profile()), []
 
@@ -139,6 +139,28 @@ def test_the_search_finds_the_last_level_that_passes(passing: int) -> None:
     assert last_passing(ladder, passes) == (ladder[passing - 1] if passing else None)
     assert len(tried) == len(set(tried)) <= 5
     assert passing > 0 or tried == ladder[:1]
+
+
+@pytest.mark.parametrize("groups", range(1, 4))
+@pytest.mark.parametrize("heads", range(1, 4))
+@pytest.mark.parametrize("total", range(1, 10))
+def test_the_search_finds_the_largest_level_that_passes(groups: int, heads: int, total: int) -> None:
+    """Whatever is too much, groups, heads of each or heads in all: as an exhaustive search would."""
+    ladder, tried = levels(demo_profile()), []
+
+    def good(x: HeadPruning) -> bool:
+        return x.kv_groups >= groups and x.heads_per_group >= heads and x.heads >= total
+
+    def passes(x: HeadPruning) -> bool:
+        tried.append(x)
+        return good(x)
+
+    found, passing = search(ladder, passes), [x for x in ladder if good(x)]
+    assert (found is None) == (not passing)
+    if found is not None:
+        assert removed_parameters(demo_profile(), found) == removed_parameters(demo_profile(), passing[-1])
+    assert len(tried) == len(set(tried))
+    assert passing or set(tried) == {ladder[0], ladder[1]}  # one head of each group less, or one group
 
 
 # ── importance ───────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from open_autoglm import readout
 from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.objectives import final_of
+from open_autoglm.pruning.levels import pruned_profile
 from open_autoglm.roofline import bound
 from open_autoglm.schemas import (
     Comparison,
@@ -174,14 +175,13 @@ def phase_shares(study: Study, trial: Trial) -> list[PhaseShare]:
     spec, analysis, candidate = study.spec, study.analysis, trial.candidate
     if candidate.device != "cpu" or spec.length_mix is not None:
         return []
+    profile = pruned_profile(analysis.profile, candidate.transform)
     phases: dict[Phase, str] = {"prefill": "ttft_ms", "decode": "tpot_ms"}
     if spec.scenario == "server":
         del phases["prefill"]
     return [
         PhaseShare(
-            bound(
-                analysis.profile, analysis.hardware, spec, phase, candidate.precision, candidate.weight_bits
-            ),
+            bound(profile, analysis.hardware, spec, phase, candidate.precision, candidate.weight_bits),
             trial.metrics[metric].median,
         )
         for phase, metric in phases.items()

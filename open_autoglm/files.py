@@ -58,6 +58,16 @@ def digest_files(root: Path, files: Iterable[Path]) -> tuple[FileDigest, ...]:
     )
 
 
+def mismatch(root: Path, files: Iterable[FileDigest], what: str) -> str | None:
+    """The first of ``files`` under ``root``, which is ``what``, that is not as it was, in words; or None."""
+    for file in files:
+        if not (root / file.path).exists():
+            return f"{file.path} was missing from {what}"
+        if sha256_file(root / file.path) != file.sha256:
+            return f"{file.path} of {what} did not match its digest"
+    return None
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

@@ -20,8 +20,8 @@ from open_autoglm.settings import Settings
 
 Kept = TypeVar("Kept", bound=Model)
 
-_MEASURING = ("engines", "measure", "quality", "schemas", "bracket.py", "heats.py", "trials.py")
-"""What of our own source a result depends on."""
+_MEASURING = ("engines", "measure", "pruning", "quality", "schemas", "bracket.py", "heats.py", "trials.py")
+"""What of our own source a result, or a pruned checkpoint, depends on."""
 
 
 class Memo:

@@ -10,6 +10,7 @@ from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import Engine
 from open_autoglm.errors import AutoGLMError, UserError
+from open_autoglm.pruning.levels import pruned_profile, pruned_variants, why_not
 from open_autoglm.quality.reference import plan_layout
 from open_autoglm.roofline import bound, capacity_bytes
 from open_autoglm.schemas import (
@@ -39,7 +40,7 @@ def load_model(spec: OptimizeSpec, settings: Settings) -> Checkpoint:
         spec.model_path,
         trust_remote_code=spec.trust_remote_code,
         allow_pickle=spec.allow_pickle,
-        cache=settings.home / "checkpoints",
+        cache=settings.checkpoints,
     )
     check_workload(spec, checkpoint)
     return checkpoint
@@ -102,12 +103,15 @@ def resolve_device(target_device: TargetDevice, hardware: Hardware) -> Device:
 
 
 def plan(analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
-    """All candidates of the engines asked for, the reference first, each vetoed or worth measuring.
+    """All candidates of the engines asked for, the reference first, each vetoed or worth measuring; with
+    ``spec.prune`` also the best kinds with heads removed.
 
-    Raises UserError if an engine of ``spec.engines`` does not exist.
+    Raises UserError if an engine of ``spec.engines`` does not exist, or if heads cannot be removed.
     """
     chosen = dict.fromkeys(spec.engines or engines.names())
     candidates = [c for name in chosen for c in _proposals(engines.get(name), analysis, spec, device)]
+    if spec.prune:
+        candidates += _pruned(candidates, analysis, spec)
     _refuse_twins(candidates)
     return sorted(candidates, key=lambda candidate: not candidate.reference)
 
@@ -120,6 +124,13 @@ def _proposals(engine: Engine, analysis: Analysis, spec: OptimizeSpec, device: D
         how = f"; mend it with: {probe.install}" if probe.install else ""
         return [candidate.vetoed(probe.reason + how) for candidate in proposed]
     return [judge(candidate, analysis, spec) for candidate in proposed]
+
+
+def _pruned(candidates: list[Candidate], analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
+    if (reason := why_not(analysis.profile)) is not None:
+        raise UserError(f"--prune: {reason}; leave it out")
+    variants = pruned_variants(candidates, analysis.profile, spec.seed)
+    return [judge(candidate, analysis, spec) for candidate in variants]
 
 
 def judge(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> Candidate:
@@ -171,7 +182,8 @@ def _time_veto(
     if limit is None:
         return None
     precision, bits = candidate.precision, candidate.weight_bits
-    measured = bound(analysis.profile, analysis.hardware, _shortest(spec), phase, precision, bits)
+    profile = pruned_profile(analysis.profile, candidate.transform)
+    measured = bound(profile, analysis.hardware, _shortest(spec), phase, precision, bits)
     least_ms = measured.bound_ms / PEAK_MARGIN
     if least_ms <= limit.ms:
         return None
@@ -192,7 +204,8 @@ def _shortest(spec: OptimizeSpec) -> OptimizeSpec:
 
 def _least_memory(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> float:
     """Bytes that no runtime can do without."""
-    return capacity_bytes(analysis.profile, spec, candidate.weight_bits) + RUNTIME_BYTES
+    profile = pruned_profile(analysis.profile, candidate.transform)
+    return capacity_bytes(profile, spec, candidate.weight_bits) + RUNTIME_BYTES
 
 
 def _available_memory(hardware: Hardware, device: Device) -> int:

@@ -13,6 +13,8 @@ def trial_params(trial: Trial) -> dict[str, Any]:
     facts = {
         name: getattr(candidate, name) for name in ("id", "engine", "device", "precision", "weight_bits")
     }
+    if candidate.transform is not None:
+        facts |= {f"pruning.{name}": value for name, value in candidate.transform.model_dump().items()}
     return facts | {f"knob.{name}": value for name, value in candidate.knobs.items()}
 
 

@@ -14,6 +14,7 @@ from statistics import median
 from open_autoglm import engines
 from open_autoglm.engines.contract import knob_changes
 from open_autoglm.planning import judge
+from open_autoglm.pruning.levels import with_pruning
 from open_autoglm.schemas import Analysis, Candidate, Knob, OptimizeSpec, Trial
 from open_autoglm.units import quantity
 
@@ -115,7 +116,12 @@ def _turns(leader: Candidate, analysis: Analysis, spec: OptimizeSpec) -> Iterato
 def _variant(
     candidate: Candidate, knobs: Mapping[str, Knob], analysis: Analysis, spec: OptimizeSpec
 ) -> Candidate:
-    return judge(engines.get(candidate.engine).variant(candidate, knobs), analysis, spec)
+    return judge(_turned(candidate, knobs), analysis, spec)
+
+
+def _turned(candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
+    """The engine's variant, on the same checkpoint: engines know nothing of what was done to that."""
+    return with_pruning(engines.get(candidate.engine).variant(candidate, knobs), candidate.transform)
 
 
 # ── the policy ───────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +172,7 @@ def _improvements(
     figures = {trial.id: rank_figure(trial, spec) for trial in others}
     best: dict[str, tuple[float, Knob]] = {}
     for knob, value in _turns(leader.candidate, analysis, spec):
-        turned = engines.get(leader.engine).variant(leader.candidate, {knob: value})
+        turned = _turned(leader.candidate, {knob: value})
         figure = figures.get(turned.id)
         so_far = best[knob][0] if knob in best else figures[leader.id]
         if figure is not None and figure < so_far:

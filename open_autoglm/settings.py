@@ -60,6 +60,11 @@ class Settings(BaseSettings):
         return self.home / "exports"
 
     @property
+    def checkpoints(self) -> Path:
+        """Of those that were made here: converted or pruned."""
+        return self.home / "checkpoints"
+
+    @property
     def studies(self) -> Path:
         return self.home / "studies"
 

@@ -191,7 +191,7 @@ def screen_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings
     log = bench.study.log_path(f"{trial.id}-screening")
     if isinstance(reference, Failure):
         return fail_trial(bench.study, trial, "reference", reference, log)
-    memo, key = Memo(settings, "screenings"), key_of("screening", *_quality_inputs(bench, trial))
+    memo, key = Memo(settings, "screenings"), key_of("screening", *quality_inputs(bench, trial))
     known = memo.get(key, Screened)
     if known is None:
         try:
@@ -256,7 +256,7 @@ def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settin
         report = memo.get(key, QualityReport)
         if report is None:
             try:
-                report = _evaluate(bench, trial, reference, log, settings)
+                report = judge_in_full(bench, trial, reference, log, settings)
             except Stopped as stopped:
                 return fail_trial(bench.study, trial, "quality", stopped.failure, log)
             memo.put(key, report)
@@ -266,7 +266,10 @@ def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settin
     return save_trial(bench.study, trial.model_copy(update={"quality": report}))
 
 
-def _evaluate(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Settings) -> QualityReport:
+def judge_in_full(
+    bench: Bench, trial: Trial, reference: Path, log: Path, settings: Settings
+) -> QualityReport:
+    """Judge an exported trial against the stored reference, in a process of its own. Raises Stopped."""
     # Two engines with a thread per core each would score several times slower side by side than in turn.
     with (
         Conversation(bench, trial, log, settings) as talk,
@@ -336,10 +339,11 @@ def inputs_of(bench: Bench, trial: Trial) -> list[Any]:
 
 def configuration(candidate: Candidate) -> Mapping[str, Any]:
     """What a candidate is, without what is said about it: two that agree in it are the same engine."""
-    return candidate.model_dump(include={"engine", "device", "precision", "knobs"})
+    return candidate.model_dump(include={"engine", "device", "precision", "knobs", "transform"})
 
 
-def _quality_inputs(bench: Bench, trial: Trial) -> list[Any]:
+def quality_inputs(bench: Bench, trial: Trial) -> list[Any]:
+    """What the judgement of a trial depends on, apart from the software."""
     return [*inputs_of(bench, trial), bench.evaluation_set.sha256, bench.spec.min_quality]
 
 

@@ -16,10 +16,12 @@ import pytest
 from studies import demo_hardware, demo_study
 
 from open_autoglm import engines
+from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.cli import main
 from open_autoglm.files import sha256_file
 from open_autoglm.hardware_bench import Peaks
-from open_autoglm.schemas import Analysis, OptimizeSpec, Study
+from open_autoglm.pruning.loop import PruningRun, PruningStep
+from open_autoglm.schemas import Analysis, Checkpoint, HeadPruning, OptimizeSpec, Study
 from open_autoglm.settings import HOME_NAME, Settings
 from open_autoglm.study import open_study, save_study
 
@@ -184,6 +186,15 @@ def sharded_without_the_second(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
+def not_finite(directory: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
 def pickled(directory: Path) -> None:
     import torch
     from safetensors.torch import load_file
@@ -222,6 +233,92 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(
     assert re.search(sentence, refusal(cli(command, "--model-path", glm, "--input-shape", "1,32")))
     assert not home.exists()
     assert (sorted(glm.iterdir()) if glm.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--keep-quality", "99"], "--keep-quality: '99' is not a share; write it like 99% or 0.99"),
+        (["--keep-quality", "0%"], "--keep-quality: '0%' is not a share"),
+        (["--keep-quality", "all"], "--keep-quality: 'all' is not a share"),
+        (["-o", "."], ". is not empty; choose an empty or a new directory"),
+        (["-o", "notes.txt/below"], "notes.txt is a file; choose a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_wish_to_prune_is_refused(
+    arguments: list[str], sentence: str, cli: Cli, home: Path, tiny_glm: Path
+) -> None:
+    """By name, before anything is read."""
+    (home.parent / "notes.txt").touch()
+    output = [] if "-o" in arguments else ["-o", "out"]
+    assert sentence in refusal(cli("prune", tiny_glm, *output, *arguments))
+    assert [path.name for path in home.parent.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (shutil.rmtree, "does not exist: check the path"),
+        (cut, "model.safetensors .* is truncated or damaged"),
+        (not_finite, "holds NaN or infinite numbers: fetch the file again"),
+    ],
+    ids=["missing", "truncated", "nan"],
+)
+def test_a_checkpoint_that_cannot_be_pruned_is_refused(
+    damage: Damage, sentence: str, cli: Cli, home: Path, glm: Path
+) -> None:
+    """As `optimize` refuses it, and nothing is written."""
+    damage(glm)
+    assert re.search(sentence, refusal(cli("prune", glm, "-o", "out")))
+    assert list(home.parent.iterdir()) == []
+
+
+def pruning_run(checkpoint: Checkpoint, pruned: Checkpoint | None) -> PruningRun:
+    """A run that tried one level; it was accepted if there is a ``pruned`` checkpoint."""
+    level = HeadPruning(kv_groups=1, heads_per_group=2, of_kv_groups=2, of_heads_per_group=2)
+    step = PruningStep(
+        level=level,
+        parameters_removed=24_960,
+        verdict="rejected" if pruned is None else "accepted",
+        ratio=0.871,
+        ratio_interval=(0.852, 0.893),
+        path="decode",
+        tokens=768,
+    )
+    return PruningRun(
+        checkpoint=checkpoint.name,
+        checkpoint_digest=checkpoint.digest,
+        parameters=177_728,
+        keep_quality=0.9,
+        steps=(step,),
+        accepted=None if pruned is None else level,
+        pruned=pruned,
+        conclusion="What came of it.",
+    )
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_prune_shows_its_steps_and_writes_what_was_accepted(
+    found: bool, cli: Cli, home: Path, tiny_glm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table, the answer and the place; exit code 3 and no directory if every head is needed."""
+    checkpoint = load_checkpoint(str(tiny_glm))
+    run = pruning_run(checkpoint, checkpoint if found else None)
+    monkeypatch.setattr("open_autoglm.pruning.loop.prune", lambda *_, **__: run)
+    outcome = cli("prune", tiny_glm, "--keep-quality", "90%", "-o", "out")
+    assert outcome.code == (0 if found else 3)
+    told = " ".join(outcome.stdout.split())
+    assert "at least 90.0% of the quality is to be kept" in told
+    verdict = "accepted" if found else "rejected"
+    assert f"2 of 4 1 of 2 0.02 M (14.0%) 87.10% 85.20% to 89.30% decode 768 {verdict}" in told
+    assert "What came of it." in told
+    assert ((home.parent / "out" / "config.json").exists(), f"Written to {home.parent / 'out'}" in told) == (
+        found,
+        found,
+    )
+    again = cli("prune", tiny_glm, "-o", "other", "--json")
+    assert PruningRun.model_validate_json(again.stdout).steps == run.steps
 
 
 def test_an_output_below_a_file_is_refused(cli: Cli, home: Path, tiny_glm: Path, tmp_path: Path) -> None:
@@ -407,7 +504,7 @@ def test_doctor_finds_this_machine_fit(cli: Cli) -> None:
     assert {"CPU", "memory"} <= {finding["subject"] for finding in findings}
 
 
-COMMANDS = ["", "optimize", "analyze", "engines", "report", "reproduce", "doctor", "demo-model"]
+COMMANDS = ["", "optimize", "analyze", "engines", "report", "reproduce", "prune", "doctor", "demo-model"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

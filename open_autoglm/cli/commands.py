@@ -15,9 +15,9 @@ import click
 from pydantic import ValidationError
 
 from open_autoglm import engines
-from open_autoglm.cli.goal import parse_goal
+from open_autoglm.cli.goal import parse_goal, parse_share
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, OptimizeSpec, Study
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Criterion, OptimizeSpec, Study
 from open_autoglm.settings import Settings
 
 EXIT_CODES = {
@@ -116,16 +116,22 @@ def _plan(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis,
 
 
 def _analyse(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis]:
-    from open_autoglm.hardware import probe_hardware
     from open_autoglm.measure.lease import preparing
     from open_autoglm.planning import load_model
-    from open_autoglm.roofline import analyze
 
     with preparing():
         checkpoint = load_model(spec, settings)
+    return checkpoint, _analysis(checkpoint, spec, settings)
+
+
+def _analysis(checkpoint: Checkpoint, spec: OptimizeSpec, settings: Settings) -> Analysis:
+    from open_autoglm.hardware import probe_hardware
+    from open_autoglm.measure.lease import preparing
+    from open_autoglm.roofline import analyze
+
     hardware = probe_hardware(settings.home / "hardware")
     with preparing():
-        return checkpoint, analyze(checkpoint, spec, hardware)
+        return analyze(checkpoint, spec, hardware)
 
 
 def _planned(
@@ -266,6 +272,45 @@ def run_reproduce(root: Path, trial_id: str, *, as_json: bool) -> int:
     else:
         print_reproduction(result, make_console())
     return 3 if result.outcome == "not_reproduced" else 0
+
+
+def run_prune(
+    model: str, output: Path, *, keep_quality: str, criterion: Criterion, recover_steps: int, **options: Any
+) -> int:
+    """Search for heads that are not needed and write what is left to ``output``; 3 if all are needed.
+
+    ``options`` are ``seed`` and ``as_json``.
+    """
+    from open_autoglm.checkpoint import load_checkpoint
+    from open_autoglm.cli.console import make_console
+    from open_autoglm.cli.pruning import print_pruning
+    from open_autoglm.measure.lease import preparing
+    from open_autoglm.pruning.loop import deliver, prune, pruning_spec
+
+    share = parse_share(keep_quality, "--keep-quality")
+    _check_empty(output)
+    settings, as_json = Settings(), options["as_json"]
+    with preparing():
+        checkpoint = load_checkpoint(model, cache=settings.checkpoints)
+    spec = pruning_spec(checkpoint, share, options["seed"])
+    analysis = _analysis(checkpoint, spec, settings)
+    _show_progress()
+    run = prune(checkpoint, analysis, spec, settings, criterion=criterion, recover_steps=recover_steps)
+    run = deliver(run, output.expanduser().absolute())
+    # With --json, stdout carries the JSON object and everything for people goes to stderr.
+    print_pruning(run, make_console(sys.stderr if as_json else sys.stdout))
+    if as_json:
+        click.echo(run.model_dump_json())
+    return 0 if run.pruned is not None else 3
+
+
+def _check_empty(output: Path) -> None:
+    """Refuse early a directory that holds anything."""
+    from open_autoglm.study import check_output
+
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty; choose an empty or a new directory")
+    check_output(output)
 
 
 def run_demo_model(directory: Path) -> None:

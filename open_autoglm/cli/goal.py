@@ -12,6 +12,7 @@ EXAMPLE = "minimise ttft_p95 subject to quality >= 0.99, rss <= 1GiB"
 _GOAL = re.compile(r"(minimi[sz]e|maximi[sz]e)\s+(\w+)(?:\s+subject\s+to\s+(.+))?", re.IGNORECASE)
 _LIMIT = re.compile(r"(\w+)\s*(<=|>=|≤|≥)\s*(\S+)")
 _PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)(%?)")
 _OBJECTIVES = {
     "minimise": {
         "latency": "latency", "e2e": "latency", "e2e_p95": "e2e_p95", "ttft": "ttft", "ttft_p95": "ttft_p95",
@@ -41,6 +42,15 @@ def parse_goal(text: str) -> dict[str, Any]:
             raise UserError(f"--goal: {part!r} limits what is limited already; give each limit once")
         fields[field] = value
     return fields
+
+
+def parse_share(text: str, flag: str) -> float:
+    """``99%`` or ``0.99``. Raises UserError naming ``flag`` unless it is above 0 and at most 1."""
+    match = _SHARE.fullmatch(text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"{flag}: {text!r} is not a share; write it like 99% or 0.99")
+    return share
 
 
 def _parse_limit(part: str) -> tuple[str, Any]:

@@ -16,6 +16,7 @@ from open_autoglm.errors import AutoGLMError, UserError
 
 OBJECTIVES = ("latency", "ttft", "ttft_p95", "tpot", "e2e_p95", "throughput", "goodput", "memory")
 SCENARIOS = ("single_stream", "server", "offline")
+CRITERIA = ("taylor", "contribution")
 """As in the glossary, which `--help` need not import."""
 
 EXIT_BUG, EXIT_USER_ERROR, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -81,6 +82,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--target-width", type=float, default=0.05, show_default=True, help="Width of the intervals.")
 @click.option("--timing-budget-s", type=float, default=120, show_default=True, help="For the final's rounds.")
 @click.option("--search-generations", type=int, default=1, show_default=True, help="0: no search.")
+@click.option("--prune/--no-prune", help="Try the best kinds with heads removed, too.  [default: no]")
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
@@ -135,6 +137,38 @@ def reproduce(study: Path, trial: str, as_json: bool) -> None:
     from open_autoglm.cli.commands import run_reproduce
 
     sys.exit(run_reproduce(study, trial, as_json=as_json))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--keep-quality", default="99%", show_default=True, help="Share of quality to keep.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the new checkpoint."
+)
+@click.option(
+    "--criterion",
+    type=click.Choice(CRITERIA),
+    default="taylor",
+    show_default=True,
+    help="What says which heads matter least: the loss's derivatives, or the norm of what they add.",
+)
+@click.option(
+    "--recover-steps",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    show_default=True,
+    help="Steps of distillation from the whole model after each cut.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the texts.")
+@click.option("--json", "as_json", is_flag=True, help="Put the run as JSON on the last line of stdout.")
+def prune(**arguments: Any) -> None:
+    """Remove as many attention heads of MODEL as the quality allows, the same number in every layer.
+
+    Exit code 0 if a checkpoint was written, 3 if every head is needed; then its price is told.
+    """
+    from open_autoglm.cli.commands import run_prune
+
+    sys.exit(run_prune(**arguments))
 
 
 @cli.command()

@@ -31,12 +31,14 @@ class WrongLogits(RuntimeError):
 
 
 def small_config(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's config with two layers and small sizes; head size and grouping are kept."""
+    """The checkpoint's config with two layers and small sizes; head size and grouping are kept, and whether
+    the heads together are as wide as the model."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    as_wide = heads * head_dim == config.hidden_size
     small_kv_heads = 4 if kv_heads in (None, heads) else 1 if kv_heads == 1 else 2
     changes = {
         "num_hidden_layers": 2,
@@ -44,7 +46,7 @@ def small_config(checkpoint: Checkpoint) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": small_kv_heads,
         "head_dim": head_dim,
-        "hidden_size": 4 * head_dim,
+        "hidden_size": (4 if as_wide else 8) * head_dim,
         "intermediate_size": 160,
         "max_position_embeddings": min(config.max_position_embeddings, 512),
         "pad_token_id": None,

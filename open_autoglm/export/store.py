@@ -14,9 +14,10 @@ from pathlib import Path
 from open_autoglm import engines
 from open_autoglm.engines.contract import ExportContext
 from open_autoglm.errors import UserError
-from open_autoglm.files import digest_files, digest_of, directory_atomic, file_lock, write_atomic
+from open_autoglm.files import digest_files, digest_of, directory_atomic, file_lock, mismatch, write_atomic
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.measure.lease import preparing
+from open_autoglm.pruning.store import pruned_checkpoint
 from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, FileDigest, Model, ModelProfile
 from open_autoglm.settings import Settings
 from open_autoglm.units import quantity
@@ -58,19 +59,18 @@ class _ExportFailed(Exception):
 def export_candidate(
     candidate: Candidate, checkpoint: Checkpoint, settings: Settings, log: Path
 ) -> ExportedModel | Failure:
-    """The export of ``candidate``, from the store or made now in a child process."""
+    """The export of ``candidate``, from the store or made now in a child process.
+
+    A candidate with a transform is exported from the checkpoint that its transform leaves.
+    """
+    if candidate.transform is not None:
+        pruned = pruned_checkpoint(checkpoint, candidate.transform, settings, log)
+        if isinstance(pruned, Failure):
+            return pruned
+        checkpoint = pruned
     recipe = engines.get(candidate.engine).recipe(candidate)
     if recipe is None:
-        return ExportedModel(
-            candidate_id=candidate.id,
-            path=checkpoint.path,
-            digest=checkpoint.digest,
-            route="checkpoint as it is",
-            size_bytes=checkpoint.weight_bytes,
-            build_s=0.0,
-            reused=True,
-            details={"trust_remote_code": checkpoint.trust_remote_code},
-        )
+        return _as_it_is(candidate, checkpoint)
     key = digest_of([checkpoint.digest, candidate.engine, recipe])
     directory = settings.exports / key[:32]
     with (
@@ -90,17 +90,34 @@ def export_candidate(
     return exported
 
 
+def _as_it_is(candidate: Candidate, checkpoint: Checkpoint) -> ExportedModel:
+    """For an engine that loads the checkpoint itself."""
+    return ExportedModel(
+        candidate_id=candidate.id,
+        path=checkpoint.path,
+        digest=checkpoint.digest,
+        route="checkpoint as it is" if candidate.transform is None else "pruned checkpoint as it is",
+        size_bytes=checkpoint.weight_bytes,
+        build_s=0.0,
+        reused=True,
+        details={"trust_remote_code": checkpoint.trust_remote_code},
+    )
+
+
 def check_disk(candidates: Sequence[Candidate], profile: ModelProfile, directory: Path) -> None:
     """Raise UserError if the exports of ``candidates`` cannot fit on the disk of ``directory``.
 
-    Counted are the quantised weights, the fp32 embedding, and one fp32 copy while quantising.
+    Counted are the quantised weights, the fp32 embedding, one fp32 copy while quantising, and one for each
+    level of pruning.
     """
-    exporting = [c for c in candidates if c.vetoed_because is None and engines.get(c.engine).recipe(c)]
-    if not exporting:
+    able = [candidate for candidate in candidates if candidate.vetoed_because is None]
+    exporting = [candidate for candidate in able if engines.get(candidate.engine).recipe(candidate)]
+    pruned = {candidate.transform for candidate in able if candidate.transform is not None}
+    if not exporting and not pruned:
         return
     embedding = 4 * profile.embedding_parameters
     needed = sum(profile.weight_bytes(c.weight_bits) + embedding for c in exporting)
-    needed += profile.weight_bytes(32)
+    needed += profile.weight_bytes(32) * (len(pruned) + bool(exporting))
     nearest = next(folder for folder in (directory, *directory.parents) if folder.exists())
     free = shutil.disk_usage(nearest).free
     if free < needed:
@@ -118,14 +135,7 @@ def check_stored(directory: Path) -> str | None:
         record = ExportRecord.model_validate_json((directory / RECORD).read_bytes())
     except ValueError:
         return f"{RECORD} of the stored export could not be read"
-    for file in record.files:
-        if not (directory / file.path).exists():
-            return f"{file.path} was missing from the stored export"
-    found = digest_files(directory, [directory / file.path for file in record.files])
-    for expected, actual in zip(record.files, found, strict=True):
-        if expected != actual:
-            return f"{expected.path} of the stored export did not match its digest"
-    return None
+    return mismatch(directory, record.files, "the stored export")
 
 
 def _build(

@@ -20,8 +20,10 @@ from open_autoglm.schemas.base import (
 )
 from open_autoglm.schemas.candidates import (
     Candidate,
+    Criterion,
     Dimension,
     ExportedModel,
+    HeadPruning,
     Knob,
     Probe,
     ProbeStage,
@@ -86,6 +88,7 @@ __all__ = [
     "Checkpoint",
     "Comparison",
     "Conditions",
+    "Criterion",
     "Device",
     "Dimension",
     "ExportedModel",
@@ -95,6 +98,7 @@ __all__ = [
     "GateResult",
     "Gpu",
     "Hardware",
+    "HeadPruning",
     "Incumbent",
     "Knob",
     "Manifest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from open_autoglm.schemas.base import Device, Model, Precision, Scenario
 
@@ -29,6 +29,53 @@ class Probe(Model):
 Knob = str | int | float | bool
 
 
+Criterion = Literal["taylor", "contribution"]
+
+
+class HeadPruning(Model):
+    """Attention heads to remove from the checkpoint before an engine sees it: as many in every layer, so
+    that what is left is a checkpoint like any other."""
+
+    kv_groups: int = Field(ge=1, description="key/value heads kept in each layer, with their query heads")
+    heads_per_group: int = Field(ge=1, description="query heads kept in each of those groups")
+    of_kv_groups: int = Field(description="as the checkpoint has them")
+    of_heads_per_group: int
+    criterion: Criterion = Field("taylor", description="by which the least important are found")
+    recover_steps: int = Field(0, ge=0, le=100_000, description="of distillation from the whole model")
+    seed: int = Field(0, ge=0, description="chooses the calibration windows")
+
+    @model_validator(mode="after")
+    def _removes_something(self) -> Self:
+        if self.kv_groups > self.of_kv_groups or self.heads_per_group > self.of_heads_per_group:
+            raise ValueError(f"{self.heads} heads of {self.of_heads} are more than there are")
+        if self.heads == self.of_heads:
+            raise ValueError("nothing is removed")
+        return self
+
+    @property
+    def heads(self) -> int:
+        """Query heads kept in each layer."""
+        return self.kv_groups * self.heads_per_group
+
+    @property
+    def of_heads(self) -> int:
+        return self.of_kv_groups * self.of_heads_per_group
+
+    @property
+    def suffix(self) -> str:
+        """What a candidate's id says of it: ``heads6of9``, and what is not the default."""
+        parts = [f"heads{self.heads}of{self.of_heads}"]
+        if self.kv_groups < self.of_kv_groups:
+            parts.append(f"kv{self.kv_groups}of{self.of_kv_groups}")
+        if self.criterion != "taylor":
+            parts.append(self.criterion)
+        if self.recover_steps:
+            parts.append(f"r{self.recover_steps}")
+        if self.seed:
+            parts.append(f"s{self.seed}")
+        return "-".join(parts)
+
+
 class Candidate(Model):
     """One way to serve the model: engine × precision × knobs, and why it is (not) on the list."""
 
@@ -38,6 +85,7 @@ class Candidate(Model):
     precision: Precision
     weight_bits: float = Field(description="mean stored bits per weight, scales included")
     knobs: dict[str, Knob] = Field(default_factory=dict)
+    transform: HeadPruning | None = Field(None, description="what is done to the checkpoint first")
     proposed_because: str
     vetoed_because: str | None = None
     reference: bool = False

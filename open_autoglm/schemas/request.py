@@ -111,6 +111,11 @@ class OptimizeSpec(Model):
         description="At most this many tokens are scored one at a time with the cache; "
         "scoring stops earlier once the verdict is clear",
     )
+    prune: bool = Field(
+        False,
+        title="Prune heads",
+        description="Try the best kinds of candidates also with the fewest attention heads removed",
+    )
     seed: int = Field(0, ge=0, title="Seed", description="Chooses prompts and evaluation windows")
     output: str | None = Field(
         None,

@@ -1,7 +1,7 @@
 # The commands of this repository; `make` alone lists them. PYTHON and EXTRAS choose what .venv is made of,
 # AUTOGLM_HOME where models, studies and databases are kept.
 PYTHON ?= python3.11
-EXTRAS ?= cpu,dev
+EXTRAS ?= cpu,openvino,dev
 export AUTOGLM_HOME ?= $(CURDIR)/.autoglm
 
 BIN   := .venv/bin

@@ -191,10 +191,14 @@ BROUGHT_BY = {
 }
 """Parts of another library's interface, of the version that library chooses."""
 
+OPTIONAL = {"llama_cpp": ["llama-cpp-python"], "openvino": ["openvino"]}
+"""Who provides what need not be installed here."""
+
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked, providers = requirements("cpu", "gpu", "llamacpp", "openvino"), packages_distributions()
+    asked = requirements("cpu", "gpu", "llamacpp", "openvino")
+    providers = {**OPTIONAL, **packages_distributions()}
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []
     for found in IMPORTS:
@@ -214,13 +218,13 @@ def locked() -> dict[str, str]:
 def pinned() -> dict[str, Any]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["cpu"], *extras["llamacpp"]]
+    lines = [*project["dependencies"], *extras["cpu"], *extras["llamacpp"], *extras["openvino"]]
     return {normal(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
 
 
 def test_every_dependency_is_locked() -> None:
     """In constraints.txt or by an exact pin: one set of versions that is known to run together."""
-    assert sorted(requirements("cpu", "llamacpp") - locked().keys() - pinned().keys()) == []
+    assert sorted(requirements("cpu", "llamacpp", "openvino") - locked().keys() - pinned().keys()) == []
 
 
 def test_no_package_has_two_versions() -> None:
@@ -232,6 +236,6 @@ def test_no_package_has_two_versions() -> None:
 def test_every_runtime_dependency_has_its_reason_written() -> None:
     """One line each in docs/dependencies.md."""
     written = normal((ROOT / "docs" / "dependencies.md").read_text().replace("`", " "))
-    asked = requirements("cpu", "llamacpp")
+    asked = requirements("cpu", "llamacpp", "openvino")
     missing = [name for name in asked if not re.search(rf"(?<![\w-]){name}(?![\w-])", written)]
     assert missing == []

@@ -76,6 +76,7 @@ def test_start_candidates_keep_their_names() -> None:
     [
         ("w8-b32", {"block_size": 16}, "w8-b16", 10),
         ("w4-b32", {"block_size": 128, "threads": 1}, "w4-b128-t1", 4.25),
+        ("w4-b32", {"symmetric": False, "wide": "head-down"}, "w4-b32-asym-head-down8", 5),
         ("w8-b32", {"accuracy_level": 0, "graph_level": "basic"}, "w8-b32-a0-g-basic", 9),
         ("fp32", {"allow_spinning": False, "memory_pattern": False}, "fp32-nospin-nopattern", 32),
         ("fp32", {"flash_attention": False, "arena": False}, "fp32-noflash-noarena", 32),
@@ -103,6 +104,8 @@ def test_onnxruntime_turns_what_trades_something() -> None:
     }
     int8 = {"fixed_scales": (True, False), "weight_only_down": (False, True)}
     assert space(start["onnxruntime-fp32"]) == session
+    mixed = {"symmetric": (True, False), "wide": ("none", "head", "head-down")}
+    assert space(start["onnxruntime-w4-b32"]) == {"block_size": (32, 16, 64, 128), **mixed, **session}
     assert space(start["onnxruntime-w8a8"]) == {**int8, **session}
     assert space(start["onnxruntime-w8-b32"]) == {"block_size": (32, 16, 64, 128), **session}
 

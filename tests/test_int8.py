@@ -13,18 +13,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import VOCAB_SIZE, build_checkpoint
+from transformers import AutoModelForCausalLM
 
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
+from open_autoglm.export import genai_route
 from open_autoglm.export.calibrate import Activations, calibration_windows, observe
 from open_autoglm.export.graph import LAST, DecoderFacts, store_embedding_by_row
 from open_autoglm.export.int8 import compute_in_int8
 from open_autoglm.export.linears import Decoder
-from open_autoglm.export.quantize import dynamic_int8
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.export.rounding import by_source, fit
 from open_autoglm.export.routes import export_onnx
@@ -211,18 +213,11 @@ def test_fixed_scales_clip_what_is_rare() -> None:
 
 def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Path, tmp_path: Path) -> None:
     """On the same weights and tokens, against fp32; and the recipe decides which operators there are."""
-    import shutil
-
-    shutil.copytree(exact, tmp_path / "call")
-    dynamic_int8(tmp_path / "call")
-    from open_autoglm.export.graph import write_full_logits_variant
-
-    write_full_logits_variant(tmp_path / "call")
     expected = logits(exact)
     error = {
         name: float(np.square(logits(path) - expected).mean())
         for name, path in {
-            "call": tmp_path / "call",
+            "call": export(glm, EXACT.model_copy(update={"scheme": "dynamic_int8"}), tmp_path / "call"),
             "fixed": export(glm, INT8, tmp_path / "fixed"),
             "token": export(glm, INT8.model_copy(update={"fixed_scales": False}), tmp_path / "token"),
             "down": export(glm, INT8.model_copy(update={"weight_only_down": True}), tmp_path / "down"),
@@ -246,13 +241,16 @@ def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> Non
     checkpoint = load_checkpoint(
         str(build_checkpoint(tmp_path / "it", "glm", seed=5, tie_word_embeddings=True))
     )
-    directory = export(checkpoint, EXACT, tmp_path / "export")
-    expected = logits(directory)
-    model = onnx.load(directory / LAST)
-    assert any(node.op_type == "Transpose" for node in model.graph.node)
-    store_embedding_by_row(model.graph)
-    assert not any(node.op_type == "Transpose" for node in model.graph.node)
-    onnx.save(model, directory / LAST, save_as_external_data=True, location="rows.data")
-    session = OnnxRuntimeSession(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
-    assert np.allclose(session.prefill(TOKENS), expected[:, -1], atol=1e-5)
-    assert logits(export(checkpoint, INT8, tmp_path / "int8")).shape == expected.shape
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with contextlib.redirect_stdout(io.StringIO()):
+        genai_route.export(checkpoint, tmp_path, scratch)
+    graph = onnx.load(tmp_path / LAST).graph
+    assert any(node.op_type == "Transpose" for node in graph.node)
+    store_embedding_by_row(graph)
+    assert not any(node.op_type == "Transpose" for node in graph.node)
+    found = logits(export(checkpoint, EXACT, tmp_path / "export"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(TOKENS)).logits.numpy()
+    assert np.allclose(found, expected, atol=1e-3)

@@ -23,6 +23,7 @@ from open_autoglm.engines.contract import (
     thread_dimension,
     threads_of,
 )
+from open_autoglm.export.linears import Role
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.schemas import (
     Analysis,
@@ -88,6 +89,7 @@ class OnnxRuntimeEngine:
             "accuracy_level": INT8_ACTIVATIONS,
             **SESSION_KNOBS,
         }
+        mixed: dict[str, Knob] = {**blocks, "symmetric": True, "wide": "none"}
         scales: dict[str, Knob] = {
             "scheme": "int8",
             "fixed_scales": True,
@@ -106,7 +108,7 @@ class OnnxRuntimeEngine:
             ),
             int8 if vnni else int8.vetoed(_SATURATES),
             _candidate("int8", blocks, "8-bit weights: decode reads a quarter of the fp32 bytes"),
-            _candidate("int4", blocks, "4-bit weights: decode reads an eighth of the fp32 bytes"),
+            _candidate("int4", mixed, "4-bit weights: decode reads an eighth of the fp32 bytes"),
         ]
 
     def dimensions(
@@ -115,7 +117,7 @@ class OnnxRuntimeEngine:
         """What decides quality, by the scheme; threads and session options for all."""
         memory_counts = spec.objective == "memory" or spec.max_memory is not None
         space = [
-            *_scheme_dimensions(str(candidate.knobs["scheme"]), analysis.hardware),
+            *_scheme_dimensions(candidate, analysis.hardware),
             thread_dimension(analysis.hardware),
             *_SESSION_DIMENSIONS,
             *(_MEMORY_DIMENSIONS if memory_counts else ()),
@@ -195,10 +197,30 @@ _SATURATES = (
 )
 
 
-def _scheme_dimensions(scheme: str, hardware: Hardware) -> Sequence[Dimension]:
-    if scheme == "int8":
+_INT4_DIMENSIONS = (
+    Dimension(
+        knob="symmetric",
+        values=(True, False),
+        because="a zero point per block follows weights that are not centred, for half a byte more",
+    ),
+    Dimension(
+        knob="wide",
+        values=("none", "head", "head-down"),
+        because="8 bits for the layers that lose most by 4: the logits', and the down-projections",
+    ),
+)
+
+_WIDE: Mapping[str, tuple[Role, ...]] = MappingProxyType(
+    {"none": (), "head": ("head",), "head-down": ("head", "down")}
+)
+
+
+def _scheme_dimensions(candidate: Candidate, hardware: Hardware) -> Sequence[Dimension]:
+    if candidate.knobs["scheme"] == "int8":
         return _INT8_DIMENSIONS
-    return _weight_dimensions(hardware) if scheme == "weight_only" else ()
+    if candidate.knobs["scheme"] != "weight_only":
+        return ()
+    return [*_weight_dimensions(hardware), *(_INT4_DIMENSIONS if candidate.precision == "int4" else ())]
 
 
 def _weight_dimensions(hardware: Hardware) -> list[Dimension]:
@@ -226,7 +248,8 @@ def _candidate(precision: Precision, knobs: Mapping[str, Knob], because: str) ->
     """The candidate of one configuration, from which alone its id follows."""
     bits = float(_BITS[precision])
     if knobs["scheme"] == "weight_only":
-        bits += 32 / int(knobs["block_size"])  # one fp32 scale per block
+        # One fp32 scale per block; the wide layers' share depends on the model and is left out.
+        bits += 32 / int(knobs["block_size"])
     return Candidate(
         id=_id(precision, knobs),
         engine="onnxruntime",
@@ -246,6 +269,8 @@ def _id(precision: Precision, knobs: Mapping[str, Knob]) -> str:
         parts.append(f"w{_BITS[precision]}-b{knobs['block_size']}")
         if knobs["accuracy_level"] != INT8_ACTIVATIONS:
             parts.append(f"a{knobs['accuracy_level']}")
+        parts += [] if knobs.get("symmetric", True) else ["asym"]
+        parts += [] if knobs.get("wide", "none") == "none" else [f"{knobs['wide']}8"]
     else:
         parts.append(names[str(knobs["scheme"])])
     if knobs["scheme"] == "int8":
@@ -289,6 +314,8 @@ def _recipe_of(candidate: Candidate) -> OnnxRecipe:
         weight_bits=8 if candidate.precision == "int8" else 4,
         block_size=int(knobs["block_size"]),
         accuracy_level=int(knobs["accuracy_level"]),
+        symmetric=bool(knobs.get("symmetric", True)),
+        wide_roles=_WIDE[str(knobs.get("wide", "none"))],
     )
 
 

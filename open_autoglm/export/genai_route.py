@@ -1,7 +1,7 @@
 """Export by the onnxruntime-genai model builder: seconds, and the graph ONNX Runtime likes best.
 
 The builder emits fused operators (GroupQueryAttention with the rotary embedding inside, skip-RMSNorm,
-packed QKV, MatMulNBits) over a KV cache whose past and present share one buffer. It knows no GLM; a
+packed QKV) over a KV cache whose past and present share one buffer. It knows no GLM; a
 small subclass of its Llama model does, because GLM differs from Llama in three things only: its rotary
 embedding pairs neighbouring dimensions, may turn only a part of them, and gate and up are one matrix.
 """
@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from open_autoglm.export.recipe import OnnxRecipe
 from open_autoglm.schemas import Checkpoint
 
 NAME = "onnxruntime-genai"
@@ -26,8 +25,6 @@ _AS_LLAMA = {"glm"}
 _NATIVE = {"llama", "qwen2", "qwen3"}
 """Model types whose own builder class our tests compare with torch."""
 
-_BITS = {4: "int4", 8: "int8"}
-
 
 def supports(model_type: str) -> str | None:
     """None if this route takes the model type, else the reason why not."""
@@ -36,7 +33,7 @@ def supports(model_type: str) -> str | None:
     return f"the onnxruntime-genai builder has no verified class for model type {model_type!r}"
 
 
-def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Path) -> None:
+def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
     """Write ``model.onnx`` (logits of the last position only) and its data file into ``output``.
 
     ``scratch`` is an empty directory for temporary files. Raises whatever the builder raises.
@@ -44,16 +41,8 @@ def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Pa
     from onnxruntime_genai.models import builder
 
     source = _present_as_llama(checkpoint, scratch) if checkpoint.model_type in _AS_LLAMA else checkpoint.path
-    precision = "fp32" if recipe.weight_bits == 32 else _BITS[recipe.weight_bits]
     options = ["prune_lm_head=true", f"hf_remote={str(checkpoint.trust_remote_code).lower()}"]
-    if recipe.weight_bits < 32:
-        options += [
-            f"accuracy_level={recipe.accuracy_level}",
-            f"block_size={recipe.block_size}",
-            # Tied embeddings shared in 8 bits need an operator that ONNX Runtime has for 4 bits only.
-            "shared_embeddings=false",
-        ]
-    arguments = (str(source), str(source), str(output), precision, "cpu", str(scratch / "cache"))
+    arguments = (str(source), str(source), str(output), "fp32", "cpu", str(scratch / "cache"))
     with _glm_in_place_of_llama(checkpoint.model_type), contextlib.redirect_stdout(io.StringIO()):
         extra = builder.parse_extra_options(*arguments, options)
         builder.create_model(*arguments, **extra)

@@ -76,6 +76,22 @@ def _free_sequence_dimension(graph: Any) -> None:
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
 
 
+def load_decoder(directory: Path) -> Any:
+    """LAST of ``directory`` with its weights, an ``onnx.ModelProto``; a tied embedding in rows of its own."""
+    import onnx
+
+    model = onnx.load(directory / LAST)
+    store_embedding_by_row(model.graph)
+    return model
+
+
+def save_decoder(model: Any, directory: Path) -> None:
+    """Write ``model`` as LAST of ``directory``, its weights in one file beside it."""
+    import onnx
+
+    onnx.save(model, directory / LAST, save_as_external_data=True, location=f"{LAST}.data")
+
+
 def store_embedding_by_row(graph: Any) -> None:
     """Give a tied embedding rows of its own where the builder looks it up in the transposed head.
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from open_autoglm.export.calibrate import calibration_windows, observe
-from open_autoglm.export.graph import LAST, DecoderFacts, store_embedding_by_row
+from open_autoglm.export.graph import DecoderFacts, load_decoder, save_decoder
 from open_autoglm.export.linears import Decoder, Linear
 from open_autoglm.export.quantize import weight_only
 from open_autoglm.export.recipe import OnnxRecipe
@@ -36,10 +36,7 @@ def int8_export(
     The head, and the down-projections where the recipe says so, get 8-bit weights only: the head multiplies
     one token per call, and the down-projection's inputs are the hardest to round.
     """
-    import onnx
-
-    model = onnx.load(source / LAST)
-    store_embedding_by_row(model.graph)
+    model = load_decoder(source)
     decoder = Decoder(model.graph)
     roles = decoder.roles()
     kept = {"head", "down"} if recipe.weight_only_down else {"head"}
@@ -55,8 +52,7 @@ def int8_export(
     seen = observe(source, sorted(sources), calibration_windows(checkpoint), facts)
     scales = fit(decoder, linears, seen, frozenset(fixed))
     compute_in_int8(decoder, linears, scales)
-    model = weight_only(model, recipe)
-    onnx.save(model, output / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    save_decoder(weight_only(model, recipe), output)
 
 
 def compute_in_int8(decoder: Decoder, linears: list[Linear], fixed: Mapping[str, float]) -> None:

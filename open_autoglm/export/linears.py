@@ -21,6 +21,9 @@ Role = Literal["head", "attention", "output", "mlp", "down"]
 _NORM_WEIGHT = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
 """Fused RMSNorms, with the position of their weight among the inputs."""
 
+_ACTIVATION = 6
+"""Nodes between a gated product and the linear layers it comes from: an activation, a split, a bias."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -87,12 +90,14 @@ class Decoder:
             name = self._maker[name].input[0]
         return name
 
-    def _linears_before(self, value: str, outputs: set[str]) -> set[str]:
-        """The nearest linear layers that ``value`` is computed from."""
+    def _linears_before(self, value: str, outputs: set[str], steps: int = _ACTIVATION) -> set[str]:
+        """The nearest linear layers that ``value`` is computed from, within ``steps`` nodes."""
         if value in outputs:
             return {value}
-        made_from = self._maker[value].input if value in self._maker else ()
-        return {name for operand in made_from for name in self._linears_before(operand, outputs)}
+        if steps == 0 or value not in self._maker:
+            return set()
+        made_from = self._maker[value].input
+        return {name for operand in made_from for name in self._linears_before(operand, outputs, steps - 1)}
 
     def _is_gated_product(self, value: str) -> bool:
         node = self._maker.get(value)

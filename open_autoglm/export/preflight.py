@@ -13,7 +13,6 @@ import numpy as np
 
 from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.export.graph import DecoderFacts
-from open_autoglm.export.recipe import EXACT
 from open_autoglm.files import digest_of
 from open_autoglm.schemas import Checkpoint
 
@@ -88,7 +87,7 @@ def check_route(route: Any, checkpoint: Checkpoint, config: Any, scratch: Path) 
         for file in checkpoint.path.glob(pattern):
             (source / file.name).symlink_to(file.resolve())
     small = checkpoint.model_copy(update={"path": source})
-    route.export(small, EXACT, output, work)
+    route.export(small, output, work)
     decoder_facts(config, route.KV_CACHE).write(output)
     tokens = np.random.default_rng(0).integers(2, _VOCABULARY, (2, _TOKENS))
     with torch.no_grad():

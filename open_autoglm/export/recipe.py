@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from open_autoglm.export.linears import Role
 from open_autoglm.schemas import Model
 
 Scheme = Literal["fp32", "weight_only", "dynamic_int8", "int8"]
@@ -18,6 +19,8 @@ class OnnxRecipe(Model):
     scheme: Scheme
     weight_bits: Literal[4, 8, 32] = Field(description="stored bits per linear weight, scales apart")
     block_size: int = Field(32, description="weights per scale (MatMulNBits)")
+    symmetric: bool = Field(True, description="no zero points (MatMulNBits)")
+    wide_roles: tuple[Role, ...] = Field((), description="weight_only: layers that get 8 bits instead")
     accuracy_level: int = Field(0, description="MatMulNBits arithmetic: 0 fp32, 4 int8 activations")
     fixed_scales: bool = Field(False, description="int8: one activation scale for all tokens where it does")
     weight_only_down: bool = Field(False, description="int8: down-projections get 8-bit weights only")

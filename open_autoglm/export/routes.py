@@ -14,14 +14,14 @@ from open_autoglm.export.graph import DecoderFacts, write_full_logits_variant
 from open_autoglm.export.int8 import int8_export
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import check_route, decoder_facts, small_config, traits
-from open_autoglm.export.quantize import dynamic_int8
-from open_autoglm.export.recipe import EXACT, OnnxRecipe
+from open_autoglm.export.quantize import dynamic_int8_export, exact_export, weight_only_export
+from open_autoglm.export.recipe import OnnxRecipe
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.schemas import Checkpoint, Model
 
 
 class Route(Protocol):
-    """One way to write a decoder as ONNX; the modules of this package that end in ``_route``."""
+    """One way to write a decoder as an fp32 ONNX graph: the modules here that end in ``_route``."""
 
     @property
     def NAME(self) -> str: ...  # noqa: N802
@@ -30,7 +30,7 @@ class Route(Protocol):
 
     def supports(self, model_type: str) -> str | None: ...
     def installed(self) -> str | None: ...
-    def export(self, checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Path) -> None: ...
+    def export(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> None: ...
 
 
 ROUTES: tuple[Route, ...] = (genai_route, transformers_route)
@@ -64,22 +64,29 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
     # Inside the output, so that it goes with it if the exporter ends the process.
     with tempfile.TemporaryDirectory(dir=context.output) as scratch:
         route = choose_route(checkpoint, context.ledger, Path(scratch))
-        work = Path(scratch) / "export"
+        work, exact = Path(scratch) / "work", Path(scratch) / "exact"
         work.mkdir()
+        exact.mkdir()
+        route.export(checkpoint, exact, work)
         facts = _facts(checkpoint, route)
-        if recipe.scheme == "int8":
-            exact = Path(scratch) / "exact"
-            exact.mkdir()
-            route.export(checkpoint, EXACT, exact, work)
-            int8_export(exact, context.output, checkpoint, recipe, facts)
-        else:
-            route.export(checkpoint, recipe, context.output, work)
-    if recipe.scheme == "dynamic_int8":
-        dynamic_int8(context.output)
+        _apply(recipe, exact, context.output, checkpoint, facts)
     write_full_logits_variant(context.output)
     facts.write(context.output)
-    _remove_extras(context.output)
     return route.NAME
+
+
+def _apply(
+    recipe: OnnxRecipe, exact: Path, output: Path, checkpoint: Checkpoint, facts: DecoderFacts
+) -> None:
+    match recipe.scheme:
+        case "fp32":
+            exact_export(exact, output)
+        case "dynamic_int8":
+            dynamic_int8_export(exact, output)
+        case "weight_only":
+            weight_only_export(exact, output, recipe)
+        case "int8":
+            int8_export(exact, output, checkpoint, recipe, facts)
 
 
 def choose_route(checkpoint: Checkpoint, ledger_path: Path, scratch: Path) -> Route:
@@ -149,10 +156,3 @@ def _facts(checkpoint: Checkpoint, route: Route) -> DecoderFacts:
 
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
     return decoder_facts(config, route.KV_CACHE)
-
-
-def _remove_extras(output: Path) -> None:
-    """Routes leave tokenizers and configs of other runtimes behind; the bundle brings its own."""
-    for file in output.iterdir():
-        if not file.name.startswith(("model", "decoder")):
-            file.unlink()

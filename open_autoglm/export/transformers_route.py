@@ -12,9 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from open_autoglm.export.graph import LAST
-from open_autoglm.export.quantize import weight_only
-from open_autoglm.export.recipe import OnnxRecipe
+from open_autoglm.export.graph import save_decoder
 from open_autoglm.schemas import Checkpoint
 
 NAME = "transformers"
@@ -30,7 +28,7 @@ def supports(model_type: str) -> str | None:
     return None
 
 
-def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Path) -> None:
+def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
     """Write ``model.onnx`` (logits of every position) and its data file into ``output``."""
     import onnx
 
@@ -39,9 +37,7 @@ def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Pa
     graph_file = next(scratch.rglob("*.onnx"))
     model = onnx.load(graph_file)
     _rename_cache(model.graph)
-    if recipe.weight_bits < 32:
-        model = weight_only(model, recipe)
-    onnx.save(model, output / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    save_decoder(model, output)
 
 
 def _trace(checkpoint: Checkpoint) -> Any:

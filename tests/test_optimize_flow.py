@@ -40,7 +40,7 @@ FLAGS = [
     "--json",
 ]
 OPTIMIZE = [str(Path(sys.executable).with_name("open-autoglm")), "optimize", *FLAGS]
-ONNX = ("onnxruntime-dynamic-int8", "onnxruntime-fp32", "onnxruntime-w4-b32", "onnxruntime-w8-b32")
+ONNX = tuple(f"onnxruntime-{kind}" for kind in ("dynamic-int8", "fp32", "w4-b32", "w8-b32", "w8a8"))
 
 pytestmark = pytest.mark.usefixtures("prefect_harness")
 

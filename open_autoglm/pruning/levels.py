@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from open_autoglm.schemas import AttentionKind, Candidate, Criterion, HeadPruning, ModelProfile
+from open_autoglm.schemas import CRITERION, AttentionKind, Candidate, Criterion, HeadPruning, ModelProfile
 
 PRUNABLE = ("glm", "glm4", "llama", "qwen2", "qwen3")
 """Model types whose attention is q, k, v and o projections over uniform heads; tests compare each with its
@@ -31,7 +31,7 @@ def why_not(profile: ModelProfile) -> str | None:
 
 
 def levels(
-    profile: ModelProfile, *, criterion: Criterion = "taylor", recover_steps: int = 0, seed: int = 0
+    profile: ModelProfile, *, criterion: Criterion = CRITERION, recover_steps: int = 0, seed: int = 0
 ) -> list[HeadPruning]:
     """Every level short of the whole model, the one that removes the fewest parameters first."""
     groups, per_group = profile.kv_heads, profile.attention_heads // profile.kv_heads

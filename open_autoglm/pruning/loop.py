@@ -31,6 +31,7 @@ from open_autoglm.pruning.levels import levels, removed_parameters, why_not, wit
 from open_autoglm.pruning.store import discard, pruned_checkpoint
 from open_autoglm.quality.reference import make_evaluation_set
 from open_autoglm.schemas import (
+    CRITERION,
     FORMAT_VERSION,
     Analysis,
     Checkpoint,
@@ -105,7 +106,7 @@ def prune(
     spec: OptimizeSpec,
     settings: Settings,
     *,
-    criterion: Criterion = "taylor",
+    criterion: Criterion = CRITERION,
     recover_steps: int = 0,
 ) -> PruningRun:
     """Find the level that removes most and keeps ``spec.min_quality``; ``spec`` is `pruning_spec`'s.

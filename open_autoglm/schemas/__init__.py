@@ -19,6 +19,7 @@ from open_autoglm.schemas.base import (
     TargetDevice,
 )
 from open_autoglm.schemas.candidates import (
+    CRITERION,
     Candidate,
     Criterion,
     Dimension,
@@ -74,6 +75,7 @@ from open_autoglm.schemas.study import (
 )
 
 __all__ = [
+    "CRITERION",
     "FOREIGN_CPU_LIMIT",
     "FORMAT_VERSION",
     "SLOW_CLOCK_LIMIT",

@@ -29,7 +29,10 @@ class Probe(Model):
 Knob = str | int | float | bool
 
 
-Criterion = Literal["taylor", "contribution"]
+Criterion = Literal["contribution", "taylor"]
+CRITERION: Criterion = "contribution"
+"""The default: on the demo GLM it kept more of the quality at both levels that were judged (60 % against 48 %,
+29 % against 20 %)."""
 
 
 class HeadPruning(Model):
@@ -40,7 +43,7 @@ class HeadPruning(Model):
     heads_per_group: int = Field(ge=1, description="query heads kept in each of those groups")
     of_kv_groups: int = Field(description="as the checkpoint has them")
     of_heads_per_group: int
-    criterion: Criterion = Field("taylor", description="by which the least important are found")
+    criterion: Criterion = Field(CRITERION, description="by which the least important are found")
     recover_steps: int = Field(0, ge=0, le=100_000, description="of distillation from the whole model")
     seed: int = Field(0, ge=0, description="chooses the calibration windows")
 
@@ -67,7 +70,7 @@ class HeadPruning(Model):
         parts = [f"heads{self.heads}of{self.of_heads}"]
         if self.kv_groups < self.of_kv_groups:
             parts.append(f"kv{self.kv_groups}of{self.of_kv_groups}")
-        if self.criterion != "taylor":
+        if self.criterion != CRITERION:
             parts.append(self.criterion)
         if self.recover_steps:
             parts.append(f"r{self.recover_steps}")

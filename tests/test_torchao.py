@@ -13,7 +13,7 @@ import pytest
 from studies import demo_analysis
 from tiny_models import VOCAB_SIZE, build_checkpoint
 
-from open_autoglm import engines
+from open_autoglm import bundle, engines
 from open_autoglm.engines import torch_weights
 from open_autoglm.engines.contract import Session, SessionOptions
 from open_autoglm.engines.torch_weights import missing_torchao, round_linears
@@ -118,6 +118,20 @@ def test_int4_needs_groups_that_divide_every_layers_inputs() -> None:
     narrowed = analysis.model_copy(update={"profile": narrow})
     vetoes = {c.precision: c.vetoed_because for c in engine.propose(narrowed, spec, "cpu")}
     assert "no multiples of 32" in str(vetoes["int4"])
+
+
+@pytest.mark.parametrize(
+    "name", ["torch-fp32", "torch-bf16-compile", "torch-int8-compile", "torch-int4-compile"]
+)
+def test_a_bundle_asks_for_torchao_where_weights_are_rounded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are the checkpoint's: without torchao a server could not make int8 of them."""
+    monkeypatch.setattr(bundle, "version", lambda package: f"{package} 1")
+    candidate = proposed()[name]
+    needed = bundle._installed_versions(candidate)
+    assert "torch" in needed
+    assert ("torchao" in needed) == (candidate.precision in ("int8", "int4"))
 
 
 # ── with torchao ─────────────────────────────────────────────────────────────────────────────────

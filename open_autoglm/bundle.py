@@ -24,7 +24,16 @@ from open_autoglm.engines.contract import Session, SessionOptions
 from open_autoglm.errors import CheckpointError, UserError
 from open_autoglm.export.store import RECORD
 from open_autoglm.files import digest_files, digest_of, directory_atomic, sha256_file
-from open_autoglm.schemas import FORMAT_VERSION, Bundle, Checkpoint, FileDigest, Manifest, Study, Trial
+from open_autoglm.schemas import (
+    FORMAT_VERSION,
+    Bundle,
+    Candidate,
+    Checkpoint,
+    FileDigest,
+    Manifest,
+    Study,
+    Trial,
+)
 
 MANIFEST = "manifest.json"
 SERVED_TOKENS = 4096
@@ -34,8 +43,10 @@ SERVED_TOKENS = 4096
 _NEEDED_BY_ALL = ("open-autoglm", "numpy", "pydantic", "safetensors", "tokenizers", "transformers")
 _RUNTIMES = {
     "torch": "torch",
+    "llamacpp": "llama-cpp-python",
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-gpu",
+    "openvino": "openvino",
     "tensorrt": "tensorrt",
 }
 
@@ -106,7 +117,7 @@ def _manifest(study: Study, trial: Trial, files: tuple[FileDigest, ...]) -> Mani
         files=files,
         study_id=study.id,
         created=datetime.now(UTC),
-        versions=_installed_versions(trial.engine),
+        versions=_installed_versions(trial.candidate),
         evidence=_evidence(study, trial),
     )
 
@@ -124,11 +135,15 @@ def _evidence(study: Study, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _installed_versions(engine: str) -> dict[str, str]:
-    """Versions of Python and of what serving with ``engine`` needs; a plug-in's package brings its own."""
+def _installed_versions(candidate: Candidate) -> dict[str, str]:
+    """Versions of Python and of what serving ``candidate`` needs; a plug-in's package brings its own."""
+    engine = candidate.engine
     plugin = [point.dist.name for point in entry_points(group=engines.GROUP, name=engine) if point.dist]
     versions = {"python": sys.version.split()[0]}
-    for name in (*_NEEDED_BY_ALL, *([_RUNTIMES[engine]] if engine in _RUNTIMES else plugin)):
+    runtime = [_RUNTIMES[engine]] if engine in _RUNTIMES else plugin
+    if engine == "torch" and candidate.precision in ("int8", "int4"):
+        runtime.append("torchao")  # the session rounds the weights
+    for name in (*_NEEDED_BY_ALL, *runtime):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:  # another distribution brings the runtime here

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ Kept = TypeVar("Kept", bound=Model)
 
 _MEASURING = ("engines", "measure", "pruning", "quality", "schemas", "bracket.py", "heats.py", "trials.py")
 """What of our own source a result, or a pruned checkpoint, depends on."""
+
+_SESSION_LIBRARIES = ("torchao",)
+"""They decide what a session computes and write no files, so that no recipe of an export names them."""
 
 
 class Memo:
@@ -54,7 +58,17 @@ class Memo:
 
 def key_of(*parts: Any) -> str:
     """The key of a result that depends on ``parts`` and on the software that makes it."""
-    return digest_of([parts, library_versions(), source_digest()])
+    return digest_of([parts, library_versions(), _session_versions(), source_digest()])
+
+
+def _session_versions() -> list[str]:
+    found = []
+    for name in _SESSION_LIBRARIES:
+        try:
+            found.append(version(name))
+        except PackageNotFoundError:
+            found.append("absent")
+    return found
 
 
 @cache

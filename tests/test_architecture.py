@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
-RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt"}
+RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt", "torchao"}
 
 WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
@@ -28,6 +28,7 @@ WHO_MAY_IMPORT = {
     "onnx": {"open_autoglm/export/"},
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
     "tensorrt": {"open_autoglm/engines/nvidia.py"},
+    "torchao": {"open_autoglm/engines/torch_weights.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
     "matplotlib": {"open_autoglm/figures.py"},
@@ -39,6 +40,7 @@ WHO_MAY_IMPORT = {
     },
     "torch": {
         "open_autoglm/engines/torch_engine.py",
+        "open_autoglm/engines/torch_weights.py",
         "open_autoglm/export/",
         "open_autoglm/analysis.py",  # the module tree, on the meta device
         "open_autoglm/checkpoint.py",  # the same
@@ -166,7 +168,9 @@ def test_what_measures_does_not_know_what_decides() -> None:
 
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
-    allowed = {f"open_autoglm.engines.{name}" for name in ("contract", "nvidia", "unloadable")}
+    allowed = {
+        f"open_autoglm.engines.{name}" for name in ("contract", "nvidia", "torch_weights", "unloadable")
+    }
     found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]
     rivals = [f for f in found if f.module.startswith("open_autoglm.engines") and f.module not in allowed]
     assert [str(found) for found in rivals] == []
@@ -191,13 +195,13 @@ BROUGHT_BY = {
 }
 """Parts of another library's interface, of the version that library chooses."""
 
-OPTIONAL = {"llama_cpp": ["llama-cpp-python"], "openvino": ["openvino"]}
+OPTIONAL = {"llama_cpp": ["llama-cpp-python"], "openvino": ["openvino"], "torchao": ["torchao"]}
 """Who provides what need not be installed here."""
 
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked = requirements("cpu", "gpu", "llamacpp", "openvino")
+    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "torchao")
     providers = {**OPTIONAL, **packages_distributions()}
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []

@@ -370,7 +370,11 @@ def test_compiling_changes_no_answer(
     takes seconds per shape."""
     monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(home / "inductor"))
     compiled = serve(candidate, checkpoints["glm"], home)
-    eager = serve(candidate.model_copy(update={"knobs": {"compile": False}}), checkpoints["glm"], home)
+    eager = serve(
+        candidate.model_copy(update={"knobs": {**candidate.knobs, "compile": False}}),
+        checkpoints["glm"],
+        home,
+    )
     with compiled.opened(batch_size=1) as quick, eager.opened(batch_size=1) as slow:
         for tokens in (TOKENS[:1, :36], OTHER[:1, :36]):
             assert_alike(decoded(quick, tokens), decoded(slow, tokens), candidate)

@@ -68,7 +68,13 @@ def test_start_candidates_keep_their_names() -> None:
         "onnxruntime-w8-b32",
         "onnxruntime-w4-b32",
     ]
-    assert list(proposed("torch")) == ["torch-fp32", "torch-bf16", "torch-bf16-compile"]
+    assert list(proposed("torch")) == [
+        "torch-fp32",
+        "torch-bf16",
+        "torch-bf16-compile",
+        "torch-int8-compile",
+        "torch-int4-compile",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -177,12 +183,14 @@ def test_session_options_reach_the_runtime(tmp_path: Path) -> None:
 
 
 def test_torch_turns_threads_and_spares_the_yardsticks() -> None:
-    """Reference and baseline stay what they are; the eager bf16 candidate may run on half the cores."""
+    """Reference and baseline stay what they are; the others may run on half the cores, int4 in groups."""
     start = proposed("torch")
     assert {name: space(candidate) for name, candidate in start.items()} == {
         "torch-fp32": {},
         "torch-bf16": {"threads": ("all", 1)},
         "torch-bf16-compile": {},
+        "torch-int8-compile": {"threads": ("all", 1)},
+        "torch-int4-compile": {"group_size": (32, 64), "threads": ("all", 1)},
     }
     found = engines.get("torch").variant(start["torch-bf16"], {"threads": 1})
     assert (found.id, found.weight_bits, found.precision) == ("torch-bf16-t1", 16, "bf16")

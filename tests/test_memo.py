@@ -86,6 +86,8 @@ def test_a_key_depends_on_each_part_and_on_their_order(monkeypatch: pytest.Monke
     ]
     monkeypatch.setattr(memo, "library_versions", lambda: {"torch": "1.0"})
     keys.append(key_of("screening", {"threads": 2}, 1))
+    monkeypatch.setattr(memo, "version", lambda name: f"{name} 9")
+    keys.append(key_of("screening", {"threads": 2}, 1))
     monkeypatch.setattr(memo, "source_digest", lambda: "edited")
     keys.append(key_of("screening", {"threads": 2}, 1))
     assert len(set(keys)) == len(keys)

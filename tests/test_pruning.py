@@ -118,8 +118,8 @@ def test_a_level_removes_something_and_names_it() -> None:
     """The suffix tells apart what the number of heads does not."""
     assert level(2, 1).suffix == "heads2of4"
     assert level(1, 2).suffix == "heads2of4-kv1of2"
-    assert level(1, 1, criterion="contribution", recover_steps=5, seed=7).suffix == (
-        "heads1of4-kv1of2-contribution-r5-s7"
+    assert level(1, 1, criterion="taylor", recover_steps=5, seed=7).suffix == (
+        "heads1of4-kv1of2-taylor-r5-s7"
     )
     with pytest.raises(ValidationError, match="nothing is removed"):
         level(2, 2)

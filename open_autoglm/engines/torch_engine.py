@@ -1,4 +1,5 @@
-"""PyTorch through transformers: the fp32 reference, and the baselines a person would tune by hand."""
+"""PyTorch through transformers: the fp32 reference, the baselines a person would tune by hand, and 8- and
+4-bit weights by torchao."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from open_autoglm.engines.contract import (
     thread_dimension,
     threads_of,
 )
+from open_autoglm.engines.torch_weights import GROUP_SIZES, missing_torchao, round_linears
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -30,19 +32,20 @@ from open_autoglm.schemas import (
     Dimension,
     ExportedModel,
     Knob,
+    ModelProfile,
     OptimizeSpec,
     Precision,
     Probe,
 )
 
-_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16}
+_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 
 
 class TorchEngine:
     """Loads the checkpoint itself; nothing is exported."""
 
     name = "torch"
-    summary = "PyTorch eager and torch.compile: fp32 (the reference) and bf16"
+    summary = "PyTorch eager and torch.compile: fp32 (the reference), bf16, 8- and 4-bit weights"
 
     def probe(self, device: Device) -> Probe:
         found = version("torch")
@@ -64,11 +67,12 @@ class TorchEngine:
         compiled = _candidate(device, "bf16", {**eager, "compile": True}, by_hand)
         if (missing := _missing_compiler()) is not None:
             compiled = compiled.vetoed(missing)
-        return [
+        found = [
             reference.model_copy(update={"reference": True}),
             plain,
             compiled.model_copy(update={"baseline": True}),
         ]
+        return found if device == "gpu" else [*found, *_rounded(analysis.profile)]
 
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
@@ -76,7 +80,10 @@ class TorchEngine:
         """None for the reference and the baseline, which are yardsticks, and none on a GPU."""
         if candidate.reference or candidate.baseline or candidate.device == "gpu":
             return ()
-        return dimensions_around(candidate, [thread_dimension(analysis.hardware)])
+        space = [thread_dimension(analysis.hardware)]
+        if candidate.precision == "int4":
+            space.insert(0, _group_dimension(analysis.profile))
+        return dimensions_around(candidate, space)
 
     def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
         because = because_of(candidate, knobs)
@@ -92,9 +99,37 @@ class TorchEngine:
         return TorchSession(candidate, exported, options)
 
 
+def _rounded(profile: ModelProfile) -> list[Candidate]:
+    """Rounded weights, compiled only: run eagerly, torchao's int8 layers widen all weights in every call."""
+    knobs: dict[str, Knob] = {"compile": True, "threads": ALL_THREADS}
+    groups: dict[str, Knob] = {**knobs, "group_size": GROUP_SIZES[0]}
+    int8 = _candidate("cpu", "int8", knobs, "8-bit weights: decode reads half of bf16's bytes")
+    int4 = _candidate("cpu", "int4", groups, "4-bit weights: decode reads a third of bf16's bytes")
+    if not _group_dimension(profile).values:
+        int4 = int4.vetoed(f"its layers' inputs are no multiples of {GROUP_SIZES[0]}, the smallest group")
+    missing = missing_torchao() or _missing_compiler()
+    return [int8, int4] if missing is None else [int8.vetoed(missing), int4.vetoed(missing)]
+
+
+def _group_dimension(profile: ModelProfile) -> Dimension:
+    """Groups into which the inputs of every linear layer can be divided."""
+    heads_width = profile.attention_heads * (profile.value_head_dim or profile.head_dim)
+    inputs = (profile.hidden_size, profile.intermediate_size, heads_width)
+    return Dimension(
+        knob="group_size",
+        values=tuple(size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)),
+        because="smaller groups follow the weights closer and have more scales to read",
+    )
+
+
 def _candidate(device: Device, precision: Precision, knobs: Mapping[str, Knob], because: str) -> Candidate:
     """The candidate of one configuration, from which alone its id follows."""
     parts = ["torch-cuda" if device == "gpu" else "torch", precision]
+    bits = float(_BITS[precision])
+    if precision == "int4":
+        group_size = int(knobs["group_size"])
+        bits += 32 / group_size  # a scale and a zero per group, in bf16
+        parts += [f"g{group_size}"] if group_size != GROUP_SIZES[0] else []
     if knobs["compile"]:
         parts.append("compile")
     if knobs["threads"] != ALL_THREADS:
@@ -104,7 +139,7 @@ def _candidate(device: Device, precision: Precision, knobs: Mapping[str, Knob], 
         engine="torch",
         device=device,
         precision=precision,
-        weight_bits=_BITS[precision],
+        weight_bits=bits,
         knobs=dict(knobs),
         proposed_because=because,
     )
@@ -132,7 +167,7 @@ class TorchSession:
         self._options = options
         model, loading = AutoModelForCausalLM.from_pretrained(
             exported.path,
-            dtype=torch.bfloat16 if candidate.precision == "bf16" else torch.float32,
+            dtype=torch.float32 if candidate.precision == "fp32" else torch.bfloat16,
             trust_remote_code=bool(exported.details.get("trust_remote_code", False)),
             output_loading_info=True,
         )
@@ -140,10 +175,18 @@ class TorchSession:
             # transformers only warns and fills them with random numbers.
             raise RuntimeError(f"the checkpoint has no weights for {sorted(loading['missing_keys'])[:5]}")
         self._model = model.to(self._device).eval()
+        self._rounded = ""
+        if candidate.precision in ("int8", "int4"):
+            self._rounded = round_linears(
+                self._model, candidate.precision, int(candidate.knobs.get("group_size", 0))
+            )
         if self._compiled:
             # The decoder without the head, so that quality and timing run the very same kernels; one graph
             # for the prompt's shape and one for a single token.
             self._model.get_decoder().compile(dynamic=False)
+            if self._rounded:
+                # By itself, or it would widen its weights for every token.
+                self._model.get_output_embeddings().compile(dynamic=False)
         self._cache: Any = None
         self._cache_rows = 0
         self._length = 0
@@ -205,7 +248,7 @@ class TorchSession:
         return logits
 
     def facts(self) -> dict[str, str]:
-        return {
+        facts = {
             "torch": self._torch.__version__,
             "device": self._device,
             "threads": str(self._threads),
@@ -213,6 +256,7 @@ class TorchSession:
             "kv_cache": "static" if self._compiled else "growing",
             "attention": str(self._model.config._attn_implementation),
         }
+        return {**facts, "rounded": self._rounded} if self._rounded else facts
 
     def close(self) -> None:
         self._cache = None

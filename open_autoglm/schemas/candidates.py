@@ -31,8 +31,8 @@ Knob = str | int | float | bool
 
 Criterion = Literal["contribution", "taylor"]
 CRITERION: Criterion = "contribution"
-"""The default: on the demo GLM it kept more of the quality at both levels that were judged (60 % against 48 %,
-29 % against 20 %)."""
+"""The default: on the demo GLM it kept more of the quality at both levels that were judged, 60 % against
+48 % and 29 % against 20 %."""
 
 
 class HeadPruning(Model):

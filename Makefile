@@ -9,7 +9,7 @@ READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 WHEELS := $(AUTOGLM_HOME)/wheels
 
-.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers peers
+.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid
 
 bench-peers: $(READY) $(DEMO)/config.json ## The newest study's champion against other runtimes (20 minutes; first: make peers)
 	$(BIN)/python -m benchmarks.peers $(DEMO)
+
+bench-growth: $(READY) $(DEMO)/config.json ## Time and memory over prompt, batch and layers, beside the roofline (8 minutes)
+	$(BIN)/python -m benchmarks.growth $(DEMO)
 
 $(DEMO)/config.json: $(READY)
 	$(BIN)/open-autoglm demo-model $(DEMO)

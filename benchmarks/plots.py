@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from benchmarks.growth_points import Curve, Figures, Point
 from benchmarks.peer_table import Row
 
 if TYPE_CHECKING:
@@ -67,3 +68,57 @@ def render(figure: Figure, form: str) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
     return file.getvalue()
+
+
+# ── growth ───────────────────────────────────────────────────────────────────────────────────────
+
+CURVES: tuple[tuple[Curve, str], ...] = (
+    ("prompt", "prompt tokens"),
+    ("batch", "prompts per batch"),
+    ("layers", "layers"),
+)
+COLORS = ("#2f74e0", "#d9730d", "#808b99")
+
+
+def growth_plot(points: Sequence[Point], form: str) -> bytes:
+    """TTFT, TPOT and peak memory along each curve; dashed: the least time the host allows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8), layout="constrained", facecolor="white")
+    grid = figure.subplots(3, len(CURVES), squeeze=False, sharey="row")
+    for column, (curve, words) in enumerate(CURVES):
+        for row, label in enumerate(("TTFT, ms", "TPOT, ms", "peak RSS, MB")):
+            axes = grid[row][column]
+            calm(axes)
+            axes.set(xscale="log", yscale="log")
+            _draw_curves(axes, [point for point in points if curve in point.place.curves], curve, row)
+            axes.set_xlabel(words)
+            if column == 0:
+                axes.set_ylabel(label)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9
+        )
+    return render(figure, form)
+
+
+def _draw_curves(axes: Axes, points: Sequence[Point], curve: Curve, row: int) -> None:
+    names = sorted({point.candidate for point in points})
+    for color, name in zip(COLORS, names, strict=False):
+        own = [(p.place.along(curve), p.figures) for p in points if p.candidate == name and p.figures]
+        own.sort(key=lambda point: point[0])
+        at = [value for value, _ in own]
+        heights = [_heights(figures)[row] for _, figures in own]
+        axes.plot(at, [found for found, _ in heights], marker="o", markersize=4, color=color, label=name)
+        if row < 2:  # memory has no roofline
+            axes.plot(at, [least for _, least in heights], linestyle="--", linewidth=1, color=color)
+
+
+def _heights(figures: Figures) -> tuple[tuple[float, float], ...]:
+    """(found, least) of TTFT, TPOT and memory."""
+    return (
+        (figures.ttft_ms.median, figures.bounds.ttft_ms),
+        (figures.tpot_ms.median, figures.bounds.tpot_ms),
+        (figures.footprint.peak_rss_bytes / 1e6, 0.0),
+    )

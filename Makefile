@@ -9,7 +9,7 @@ READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 WHEELS := $(AUTOGLM_HOME)/wheels
 
-.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race
+.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ llamacpp: $(READY) ## Add the llama.cpp engine to .venv; compiled once (5 minute
 	@$(BIN)/pip wheel --quiet --no-deps --find-links $(WHEELS) --wheel-dir $(WHEELS) llama-cpp-python==0.3.36
 	@$(BIN)/pip install --quiet --find-links $(WHEELS) -c constraints.txt -e '.[$(EXTRAS),llamacpp]'
 
+peers: llamacpp ## Add what bench-peers compares with, besides the engines, to .venv
+	@$(BIN)/pip install --quiet --find-links $(WHEELS) -c constraints.txt -e '.[$(EXTRAS),llamacpp,openvino,peers]'
+
 test: $(READY) ## Run the tests; they need no server and leave none
 	env -u PREFECT_API_URL -u MLFLOW_TRACKING_URI $(BIN)/python -m pytest
 
@@ -69,6 +72,12 @@ bench-parallel: $(READY) $(DEMO)/config.json ## Are figures taken beside another
 
 bench-race: $(READY) $(DEMO)/config.json ## The race against the exhaustive grid (25 minutes)
 	$(BIN)/python -m benchmarks.race_vs_grid $(DEMO)
+
+bench-peers: $(READY) $(DEMO)/config.json ## The newest study's champion against other runtimes (20 minutes; first: make peers)
+	$(BIN)/python -m benchmarks.peers $(DEMO)
+
+bench-growth: $(READY) $(DEMO)/config.json ## Time and memory over prompt, batch and layers, beside the roofline (8 minutes)
+	$(BIN)/python -m benchmarks.growth $(DEMO)
 
 $(DEMO)/config.json: $(READY)
 	$(BIN)/open-autoglm demo-model $(DEMO)

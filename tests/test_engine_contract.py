@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,22 +17,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from studies import demo_analysis
-from tiny_models import VOCAB_SIZE
+from tiny_models import VOCAB_SIZE, build_checkpoint
 
 from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions, Tokens
+from open_autoglm.quality.reference import NonFiniteError, continue_greedily, require_finite
 from open_autoglm.schemas import Candidate, Checkpoint, Dimension, ExportedModel, Knob, OptimizeSpec
 
 FAMILIES = ("glm", "llama")
+"""Held to every check."""
+MORE_FAMILIES = ("glm4", "qwen3")
+"""Held to the checks marked ``FOR_EVERY_FAMILY``: the norms they add can be wrong there and nowhere else."""
 ROWS, PROMPT, LENGTH = 2, 32, 48
+CONTEXT = 512
+"""The tiny models' ``max_position_embeddings``."""
 OPTIONS = SessionOptions(batch_size=ROWS, max_tokens=LENGTH, threads=1)
 TOKENS: Tokens = np.random.default_rng(1).integers(4, VOCAB_SIZE, (ROWS, LENGTH))
 OTHER: Tokens = np.random.default_rng(2).integers(4, VOCAB_SIZE, (ROWS, LENGTH))
+LONG: Tokens = np.random.default_rng(3).integers(4, VOCAB_SIZE, (1, CONTEXT + 1))
 
-LEAST_CORRELATION = {"fp32": 0.999999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9}
-"""With torch's fp32 logits. These random weights are harder to round than trained ones."""
+LEAST_CORRELATION = {"fp32": 0.999999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.8}
+"""With torch's fp32 logits. These random weights are harder to round than trained ones; the answer at a
+neighbouring position, or without the cache, correlates by less than 0.4."""
 
 Numbers = NDArray[np.float32]
 
@@ -84,8 +94,10 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tiny_glm: Path, tiny_llama: Path) -> dict[str, Checkpoint]:
-    return {"glm": load_checkpoint(str(tiny_glm)), "llama": load_checkpoint(str(tiny_llama))}
+def checkpoints(tiny_glm: Path, tiny_llama: Path, home: Path) -> dict[str, Checkpoint]:
+    paths = {"glm": tiny_glm, "llama": tiny_llama}
+    paths |= {family: build_checkpoint(home / family, family) for family in MORE_FAMILIES}
+    return {family: load_checkpoint(str(path)) for family, path in paths.items()}
 
 
 def serve(candidate: Candidate, checkpoint: Checkpoint, home: Path) -> Served:
@@ -107,11 +119,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("contract")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(family, candidate) for family in FAMILIES for candidate in OTHERS],
-    ids=lambda param: f"{param[0]}-{param[1].id}",
-)
+def name_of(param: tuple[str, Candidate]) -> str:
+    return f"{param[0]}-{param[1].id}"
+
+
+EVERY_PAIR = [(family, candidate) for family in FAMILIES + MORE_FAMILIES for candidate in OTHERS]
+FOR_EVERY_FAMILY = pytest.mark.parametrize("served", EVERY_PAIR, indirect=True, ids=name_of, scope="module")
+
+
+@pytest.fixture(scope="module", params=EVERY_PAIR[: len(FAMILIES) * len(OTHERS)], ids=name_of)
 def served(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint], home: Path) -> Served:
     family, candidate = request.param
     return serve(candidate, checkpoints[family], home)
@@ -124,18 +140,32 @@ def session(served: Served) -> Iterator[Session]:
         yield session
 
 
+Truth = Callable[[str], Numbers]
+"""By family, from transformers itself in fp32."""
+
+
 @pytest.fixture(scope="module")
-def truth(checkpoints: dict[str, Checkpoint]) -> Callable[[str], Numbers]:
-    """Logits of ``TOKENS`` by transformers itself, in fp32, by family."""
+def truth(checkpoints: dict[str, Checkpoint]) -> Truth:
+    """Logits of ``TOKENS``."""
+    found = {family: by_transformers(checkpoint, TOKENS) for family, checkpoint in checkpoints.items()}
+    return found.__getitem__
+
+
+@pytest.fixture(scope="module")
+def long_truth(checkpoints: dict[str, Checkpoint]) -> Truth:
+    """Logits of a prompt that fills the model's context."""
+    found = {family: by_transformers(checkpoints[family], LONG[:, :CONTEXT]) for family in FAMILIES}
+    return found.__getitem__
+
+
+def by_transformers(checkpoint: Checkpoint, tokens: Tokens) -> Numbers:
     import torch
     from transformers import AutoModelForCausalLM
 
-    found = {}
-    for family, checkpoint in checkpoints.items():
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
-        with torch.no_grad():
-            found[family] = model(torch.from_numpy(TOKENS)).logits.numpy()
-    return found.__getitem__
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: Numbers = model(torch.from_numpy(tokens)).logits.numpy()
+    return logits
 
 
 def decoded(session: Session, tokens: Tokens, prompt: int = PROMPT) -> Numbers:
@@ -162,18 +192,28 @@ def assert_alike(found: Numbers, expected: Numbers, candidate: Candidate) -> Non
     assert np.mean(found.argmax(-1) == expected.argmax(-1)) >= 0.75
 
 
+def assert_true(found: Numbers, expected: Numbers, candidate: Candidate) -> None:
+    """Equal to torch in fp32, as near it as the precision allows otherwise."""
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    if candidate.precision == "fp32":
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert correlation(found, expected) > LEAST_CORRELATION[candidate.precision]
+
+
 # ── every candidate ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_full_logits_are_the_models(
-    session: Session, served: Served, truth: Callable[[str], Numbers]
-) -> None:
-    """Every position, ``float32[batch, sequence, vocab]``: equal to torch in fp32, near it otherwise."""
-    found, expected = session.full_logits(TOKENS), truth(served.family)
-    assert found.shape == expected.shape
-    if served.candidate.precision == "fp32":
-        np.testing.assert_allclose(found, expected, atol=1e-3)
-    assert correlation(found, expected) > LEAST_CORRELATION[served.candidate.precision]
+@FOR_EVERY_FAMILY
+def test_full_logits_are_the_models(session: Session, served: Served, truth: Truth) -> None:
+    """Every position, ``float32[batch, sequence, vocab]``."""
+    assert_true(session.full_logits(TOKENS), truth(served.family), served.candidate)
+
+
+@FOR_EVERY_FAMILY
+def test_prefill_and_decode_are_the_models(session: Session, served: Served, truth: Truth) -> None:
+    """What a server would answer, from the prompt's last position on, against the model without a cache."""
+    assert_true(decoded(session, TOKENS), truth(served.family)[:, PROMPT - 1 :], served.candidate)
 
 
 def test_prefill_gives_the_last_position(session: Session, served: Served) -> None:
@@ -182,17 +222,27 @@ def test_prefill_gives_the_last_position(session: Session, served: Served) -> No
     assert_alike(session.prefill(TOKENS[:, :PROMPT]), everything[:, -1], served.candidate)
 
 
+@FOR_EVERY_FAMILY
 def test_decoding_with_the_cache_equals_reading_at_once(session: Session, served: Served) -> None:
     """Tokens one by one give what the whole sequence gives without a cache."""
     at_once = session.full_logits(TOKENS)
     assert_alike(decoded(session, TOKENS), at_once[:, PROMPT - 1 :], served.candidate)
 
 
+@FOR_EVERY_FAMILY
 def test_a_batch_equals_its_rows(session: Session, served: Served) -> None:
     """Rows do not see each other, neither in prefill nor in decode."""
     together = decoded(session, TOKENS)
     apart = np.concatenate([decoded(session, TOKENS[row : row + 1]) for row in range(ROWS)])
     assert_alike(together, apart, served.candidate)
+
+
+def test_a_row_does_not_depend_on_its_neighbour(session: Session, served: Served) -> None:
+    """The same row beside two others."""
+    beside_one, beside_another = (
+        decoded(session, np.stack([TOKENS[0], neighbour]))[:1] for neighbour in (TOKENS[1], OTHER[1])
+    )
+    assert_alike(beside_one, beside_another, served.candidate)
 
 
 def test_prefill_empties_the_cache(session: Session, served: Served) -> None:
@@ -218,15 +268,47 @@ def test_logits_stay_what_they_were(session: Session) -> None:
     np.testing.assert_array_equal(first, copy)
 
 
+def test_the_same_prompt_gives_the_same_answer(served: Served) -> None:
+    """To the bit, with threads that share the work too: a figure can be checked by running it again."""
+    with served.opened(threads=2) as session:
+        np.testing.assert_array_equal(decoded(session, TOKENS), decoded(session, TOKENS))
+
+
+def test_greedy_tokens_fill_the_cache(session: Session) -> None:
+    """As many as asked for, up to the cache's last place; each the likeliest after those before it."""
+    count = LENGTH - PROMPT + 1  # the last one is not read again
+    tokens = continue_greedily(session, TOKENS[:, :PROMPT], count)
+    assert tokens.shape == (ROWS, count)
+    again = decoded(session, np.concatenate([TOKENS[:, :PROMPT], tokens[:, :-1]], axis=1))
+    np.testing.assert_array_equal(tokens, again.argmax(axis=-1))
+
+
 def test_a_full_cache_is_a_value_error(served: Served) -> None:
-    """Never a wrong answer: the last token that fits is decoded, the next is refused, as is a long prompt."""
+    """Never a wrong answer: the last token that fits is decoded, the next is refused, as is a long prompt.
+    The session answers the next prompt as if nothing had been."""
     with served.opened(max_tokens=PROMPT + 1) as session:
-        session.prefill(TOKENS[:, :PROMPT])
-        assert np.isfinite(session.decode(TOKENS[:, PROMPT])).all()
-        with pytest.raises(ValueError, match=str(PROMPT + 1)):
-            session.decode(TOKENS[:, PROMPT + 1])
-        with pytest.raises(ValueError, match=str(PROMPT + 1)):
-            session.prefill(TOKENS[:, : PROMPT + 2])
+        expected = decoded(session, TOKENS[:, : PROMPT + 1])
+        for call in (
+            lambda: session.decode(TOKENS[:, PROMPT + 1]),
+            lambda: session.prefill(TOKENS[:, : PROMPT + 2]),
+            lambda: session.full_logits(TOKENS[:, : PROMPT + 2]),
+        ):
+            with pytest.raises(ValueError, match=str(PROMPT + 1)):
+                call()
+        np.testing.assert_array_equal(decoded(session, TOKENS[:, : PROMPT + 1]), expected)
+
+
+def test_the_whole_context_can_be_read(served: Served, long_truth: Truth) -> None:
+    """The model's last position, by prefill and by decode, and exactly one token more is refused."""
+    expected = long_truth(served.family)[:, -2:]
+    with served.opened(batch_size=1, max_tokens=CONTEXT) as session:
+        found = decoded(session, LONG[:, :CONTEXT], prompt=CONTEXT - 1)
+        assert_true(found, expected, served.candidate)
+        with pytest.raises(ValueError, match=str(CONTEXT)):
+            session.decode(LONG[:, CONTEXT])
+        assert_true(session.prefill(LONG[:, :CONTEXT]), expected[:, -1], served.candidate)
+        with pytest.raises(ValueError, match=str(CONTEXT)):
+            session.prefill(LONG)
 
 
 def test_too_large_a_batch_is_a_value_error(served: Served) -> None:
@@ -252,6 +334,27 @@ def test_facts_say_what_runs(served: Served) -> None:
         facts = session.facts()
     assert facts["threads"] == "2"
     assert all(isinstance(name, str) and isinstance(fact, str) for name, fact in facts.items())
+
+
+@pytest.fixture(scope="module")
+def overflowing_glm(tiny_glm: Path, home: Path) -> Checkpoint:
+    """A checkpoint of finite weights whose logits are not: the last norm multiplies beyond fp32's range."""
+    path = Path(shutil.copytree(tiny_glm, home / "overflowing"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][:] = np.finfo(np.float32).max
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("candidate", OTHERS, ids=lambda candidate: candidate.id)
+def test_what_is_not_finite_is_not_hidden(
+    candidate: Candidate, overflowing_glm: Checkpoint, home: Path
+) -> None:
+    """No engine clips or skips its way to plausible numbers: both paths give what the guard finds."""
+    with serve(candidate, overflowing_glm, home / "overflowing").opened() as session:
+        for logits in (session.prefill(TOKENS[:, :PROMPT]), session.decode(TOKENS[:, PROMPT])):
+            with pytest.raises(NonFiniteError, match="NaN or infinite"):
+                require_finite(logits)
 
 
 # ── the search space ─────────────────────────────────────────────────────────────────────────────
@@ -348,7 +451,7 @@ def test_what_changes_the_files_can_be_exported(
     candidate: Candidate,
     checkpoints: dict[str, Checkpoint],
     home: Path,
-    truth: Callable[[str], Numbers],
+    truth: Truth,
 ) -> None:
     """Every value of a knob that the recipe knows gives a model that answers like torch."""
     with serve(candidate, checkpoints["glm"], home).opened() as session:

@@ -245,11 +245,13 @@ def prepare_onnxruntime_genai(source: Source) -> None:
     import tempfile
 
     from open_autoglm.export import genai_route
-    from open_autoglm.export.recipe import OnnxRecipe
 
-    recipe = OnnxRecipe(scheme="weight_only", weight_bits=8, block_size=32, accuracy_level=4)
+    # Its 8-bit embedding, shared with the head, needs an operator that ONNX Runtime has for 4 bits only.
+    options = ("accuracy_level=4", "block_size=32", "shared_embeddings=false")
     with tempfile.TemporaryDirectory(dir=source.prepared) as scratch:
-        genai_route.export(source.checkpoint, recipe, source.prepared, Path(scratch))
+        genai_route.build(
+            source.checkpoint, source.prepared, Path(scratch), precision="int8", options=options
+        )
 
 
 class OnnxGenAiRuntime:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,20 @@ def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
 
     ``scratch`` is an empty directory for temporary files. Raises whatever the builder raises.
     """
+    build(checkpoint, output, scratch, precision="fp32")
+
+
+def build(
+    checkpoint: Checkpoint, output: Path, scratch: Path, *, precision: str, options: Sequence[str] = ()
+) -> None:
+    """Run the builder; ``precision`` and ``options`` are its own words."""
     from onnxruntime_genai.models import builder
 
     source = _present_as_llama(checkpoint, scratch) if checkpoint.model_type in _AS_LLAMA else checkpoint.path
-    options = ["prune_lm_head=true", f"hf_remote={str(checkpoint.trust_remote_code).lower()}"]
-    arguments = (str(source), str(source), str(output), "fp32", "cpu", str(scratch / "cache"))
+    remote = f"hf_remote={str(checkpoint.trust_remote_code).lower()}"
+    arguments = (str(source), str(source), str(output), precision, "cpu", str(scratch / "cache"))
     with _glm_in_place_of_llama(checkpoint.model_type), contextlib.redirect_stdout(io.StringIO()):
-        extra = builder.parse_extra_options(*arguments, options)
+        extra = builder.parse_extra_options(*arguments, ["prune_lm_head=true", remote, *options])
         builder.create_model(*arguments, **extra)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 from open_autoglm.heats import Contest, fallen
 from open_autoglm.incumbent import is_registered_bundle
+from open_autoglm.limits import flips_miss, keeps_quality
 from open_autoglm.measure.racing import HeatReport, Rules
 from open_autoglm.measure.scenarios import figure_of
 from open_autoglm.objectives import goal_of
 from open_autoglm.progress import announce
-from open_autoglm.schemas import Fall, Miss, OptimizeSpec, Round, Trial
+from open_autoglm.schemas import Fall, Miss, OptimizeSpec, QualityReport, Round, Trial
 from open_autoglm.search import rank_figure
 from open_autoglm.units import number, quantity
 
@@ -27,7 +28,8 @@ MOST_HEATS = 200
 
 
 def after_screening(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
-    """The trials, those stopped that lose too much quality, need too much memory, or are hopelessly slow."""
+    """The trials, those stopped that lose too much quality or too many tokens, need too much memory, or are
+    hopelessly slow."""
     judged = [_within_limits(trial, spec) for trial in trials]
     ranked = sorted((t for t in judged if _may_fall(t)), key=lambda trial: rank_figure(trial, spec))
     falls = dict(_too_slow(ranked, spec))
@@ -42,15 +44,14 @@ def _may_fall(trial: Trial) -> bool:
 
 
 def after_evaluation(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
-    """The trials, those stopped that lose too much quality by all that was scored."""
+    """The trials, those stopped that lose too much quality or too many tokens by all that was scored."""
     judged = []
     for trial in trials:
         quality = trial.quality
-        if not _may_fall(trial) or quality is None or _keeps_quality(trial, spec):
+        miss = (_ratio_miss(quality, spec) or flips_miss(quality, spec)) if quality else None
+        if not _may_fall(trial) or miss is None:
             judged.append(trial)
             continue
-        decided = f"{quality.worse_path} path, {quality.worse.tokens} tokens"
-        miss = _miss_of_quality(quality.ratio, spec, decided)
         fall = Fall(stage="evaluation", reason=f"misses {miss.sentence()}")
         judged.append(trial.model_copy(update={**fallen(fall), "misses": (miss,)}))
     return judged
@@ -86,16 +87,20 @@ def _within_limits(trial: Trial, spec: OptimizeSpec) -> Trial:
 
 def _quality_miss(trial: Trial, spec: OptimizeSpec) -> Miss | None:
     """Only what the slice leaves no doubt about."""
-    assert trial.quality is not None
-    path = trial.quality.worse
-    if not path.clear_of_limit or path.ratio >= spec.min_quality:
+    quality = trial.quality
+    assert quality is not None
+    if quality.worse.clear_of_limit and quality.ratio < spec.min_quality:
+        return _ratio_miss(quality, spec)
+    return flips_miss(quality, spec) if quality.flipping.clear_of_flips else None
+
+
+def _ratio_miss(quality: QualityReport, spec: OptimizeSpec) -> Miss | None:
+    if quality.ratio >= spec.min_quality:
         return None
-    decided = f"{trial.quality.worse_path} path, {path.tokens} tokens"
-    return _miss_of_quality(path.ratio, spec, decided)
-
-
-def _miss_of_quality(ratio: float, spec: OptimizeSpec, decided_by: str) -> Miss:
-    return Miss(limit="min_quality", allowed=spec.min_quality, measured=ratio, unit="", decided_by=decided_by)
+    decided = f"{quality.worse_path} path, {quality.worse.tokens} tokens"
+    return Miss(
+        limit="min_quality", allowed=spec.min_quality, measured=quality.ratio, unit="", decided_by=decided
+    )
 
 
 def _memory_miss(trial: Trial, spec: OptimizeSpec) -> Miss | None:
@@ -170,7 +175,7 @@ def final_contest(trials: Sequence[Trial], spec: OptimizeSpec) -> Contest | None
 
 
 def _keeps_quality(trial: Trial, spec: OptimizeSpec) -> bool:
-    return trial.quality is not None and trial.quality.ratio >= spec.min_quality
+    return trial.quality is not None and keeps_quality(trial.quality, spec)
 
 
 def _standing(trial: Trial, spec: OptimizeSpec) -> tuple[bool, float]:

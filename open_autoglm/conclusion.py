@@ -56,6 +56,7 @@ def conclude(bench: Bench, analysis: Analysis, standings: Standings) -> Study:
         gate = check_results(
             choice.trials,
             min_quality=spec.min_quality,
+            max_token_flips=spec.max_token_flips,
             champion_id=champion,
             docs_dir=study.root / "data-docs",
             rounds=min(spec.rounds, BUDGET_HEATS),

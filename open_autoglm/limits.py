@@ -7,7 +7,7 @@ says so. A limit is met for certain when the whole interval meets it.
 
 from __future__ import annotations
 
-from open_autoglm.schemas import Metric, Miss, OptimizeSpec, Trial
+from open_autoglm.schemas import Metric, Miss, OptimizeSpec, QualityReport, Trial
 from open_autoglm.units import quantity
 
 
@@ -40,7 +40,20 @@ def misses(trial: Trial, spec: OptimizeSpec) -> tuple[Miss, ...]:
                 decided_by=f"{quality.worse_path} path",
             )
         )
+    found.append(flips_miss(quality, spec))
     return tuple(miss for miss in found if miss is not None)
+
+
+def flips_miss(quality: QualityReport, spec: OptimizeSpec) -> Miss | None:
+    """By the path whose likeliest tokens differ more often; it says where they first do."""
+    path = quality.flipping
+    where = f"{quality.flipping_path} path, {path.tokens} tokens, first at {path.first_flip}"
+    return _over("max_token_flips", spec.max_token_flips, path.token_flips, "", where)
+
+
+def keeps_quality(quality: QualityReport, spec: OptimizeSpec) -> bool:
+    """By what was scored, both of perplexity and of tokens, whether or not beyond doubt."""
+    return quality.ratio >= spec.min_quality and flips_miss(quality, spec) is None
 
 
 def latency_figure(ttft_ms: Metric) -> tuple[float, str]:

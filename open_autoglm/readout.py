@@ -60,6 +60,7 @@ LIMIT_WORDS = {
     "max_tpot": "TPOT",
     "max_memory": "peak memory",
     "min_quality": "quality kept",
+    "max_token_flips": "token flips",
 }
 
 
@@ -240,7 +241,7 @@ def quality_words(trial: Trial) -> str:
 
 def miss_words(miss: Miss) -> str:
     """'peak memory 341 MiB, limit 200 MiB, 70.7 % beyond'."""
-    if miss.limit == "min_quality":
+    if miss.limit in ("min_quality", "max_token_flips"):
         found, allowed = percent(miss.measured), percent(miss.allowed)
     else:
         found, allowed = quantity(miss.measured, miss.unit), quantity(miss.allowed, miss.unit)
@@ -294,7 +295,8 @@ def limit_words(study: Study) -> list[str]:
     spec = study.spec
     limits = [("TTFT p95", spec.max_latency), ("TPOT", spec.max_tpot), ("peak memory", spec.max_memory)]
     quality = f"quality kept ≥ {percent(spec.min_quality)}"
-    return [*(f"{name} ≤ {limit}" for name, limit in limits if limit), quality]
+    flips = f"token flips ≤ {percent(spec.max_token_flips)}"
+    return [*(f"{name} ≤ {limit}" for name, limit in limits if limit), quality, flips]
 
 
 def how_to_load(study: Study) -> list[str]:

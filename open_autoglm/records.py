@@ -32,6 +32,9 @@ def trial_metrics(trial: Trial) -> dict[str, float]:
         }
     if quality := trial.quality:
         figures["quality_ratio"] = quality.ratio
+        figures["quality_token_flips"] = quality.flipping.token_flips
+        middle, least = quality.first_divergence
+        figures |= {"quality_first_divergence_median": middle, "quality_first_divergence_min": least}
         for path in ("prefill", "decode"):
             scores = getattr(quality, path)
             for score in ("ratio", "perplexity", "kl_divergence", "top1_agreement"):

@@ -13,6 +13,7 @@ from statistics import median
 
 from open_autoglm import engines
 from open_autoglm.engines.contract import knob_changes
+from open_autoglm.limits import flips_miss
 from open_autoglm.planning import judge
 from open_autoglm.pruning.levels import with_pruning
 from open_autoglm.schemas import Analysis, Candidate, Knob, OptimizeSpec, Trial
@@ -194,6 +195,11 @@ def why_out(trial: Trial, spec: OptimizeSpec) -> str | None:
     quality = trial.quality
     if quality is not None and quality.worse.clear_of_limit and quality.ratio < spec.min_quality:
         return f"keeps {quality.ratio:.1%} of the quality, clearly less than {spec.min_quality:.1%}"
+    if quality is not None and quality.flipping.clear_of_flips and flips_miss(quality, spec):
+        return (
+            f"has another likeliest token than the reference at {quality.flipping.token_flips:.1%} of "
+            f"positions, clearly more than {spec.max_token_flips:.1%}"
+        )
     peak_rss_bytes = trial.screening.footprint.peak_rss_bytes
     if spec.max_memory is not None and peak_rss_bytes > spec.max_memory.bytes:
         return f"took {quantity(peak_rss_bytes, 'bytes')}, more than the {spec.max_memory} allowed"

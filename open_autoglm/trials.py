@@ -214,7 +214,7 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
         with device_lease(trial.candidate.device, alone=True):
             quality = talk.ask("score_session", score_job(bench, reference, SLICE_WINDOWS), QualityReport)
             if not quality.finite:
-                raise Stopped(Failure("incorrect", "gave logits that are not finite"))
+                raise Stopped(Failure("incorrect", quality.not_finite))
             rounds = [talk.ask("timed_round", job, Round) for job in short_jobs(bench.workload)]
     return Screened(
         screening=Screening(
@@ -246,7 +246,9 @@ def _estimate_e2e_ms(workload: Workload, rounds: list[Round]) -> float:
 def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:
     """Judge in full what the slice left unclear, in a fresh process."""
     quality = trial.quality
-    settled = quality is not None and quality.prefill.clear_of_limit and quality.decode.clear_of_limit
+    settled = quality is not None and all(
+        path.clear_of_limit and path.clear_of_flips for path in (quality.prefill, quality.decode)
+    )
     if trial.status != "ok" or quality is None or settled:
         return trial
     log = bench.study.log_path(f"{trial.id}-quality")
@@ -277,7 +279,7 @@ def judge_in_full(
     ):
         report = talk.ask("score_session", score_job(bench, reference), QualityReport)
     if not report.finite:
-        raise Stopped(Failure("incorrect", "gave logits that are not finite"))
+        raise Stopped(Failure("incorrect", report.not_finite))
     return report
 
 
@@ -287,6 +289,7 @@ def score_job(bench: Bench, reference: Path, windows: int | None = None) -> jobs
         evaluation_set=bench.evaluation_set,
         reference=reference,
         min_quality=bench.spec.min_quality,
+        max_token_flips=bench.spec.max_token_flips,
         windows=windows,
     )
 
@@ -344,7 +347,8 @@ def configuration(candidate: Candidate) -> Mapping[str, Any]:
 
 def quality_inputs(bench: Bench, trial: Trial) -> list[Any]:
     """What the judgement of a trial depends on, apart from the software."""
-    return [*inputs_of(bench, trial), bench.evaluation_set.sha256, bench.spec.min_quality]
+    spec = bench.spec
+    return [*inputs_of(bench, trial), bench.evaluation_set.sha256, spec.min_quality, spec.max_token_flips]
 
 
 def _outputs(bench: Bench, trial: Trial, slice_: QualityReport) -> list[Any]:
@@ -360,6 +364,7 @@ def _outputs(bench: Bench, trial: Trial, slice_: QualityReport) -> list[Any]:
         bench.options().model_dump(),
         bench.evaluation_set.sha256,
         bench.spec.min_quality,
+        bench.spec.max_token_flips,
         bench.hardware.fingerprint,
         exact,
     ]

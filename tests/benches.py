@@ -18,7 +18,13 @@ from open_autoglm.settings import Settings
 from open_autoglm.study import open_study
 from open_autoglm.trials import Bench, begin_trial, export_trial
 
-SMALL: dict[str, Any] = {"prompt_tokens": 32, "output_tokens": 8, "quality_tokens": 64, "min_quality": 0.5}
+SMALL: dict[str, Any] = {
+    "prompt_tokens": 32,
+    "output_tokens": 8,
+    "quality_tokens": 64,
+    "min_quality": 0.5,
+    "max_token_flips": 1,
+}
 
 
 def tiny_bench(checkpoint_path: Path, settings: Settings, root: Path, **asked: Any) -> Bench:

@@ -25,6 +25,7 @@ from open_autoglm.schemas import (
     Miss,
     NoiseFloor,
     PathQuality,
+    Place,
     Precision,
     QualityReport,
     Race,
@@ -393,5 +394,8 @@ def demo_path(ratio: float, kl: float, top1: float) -> PathQuality:
         clear_of_limit=True,
         kl_divergence=kl,
         top1_agreement=top1,
+        flips_interval=(0.9 * (1 - top1), 1.1 * (1 - top1)),
+        clear_of_flips=True,
+        first_flip=Place(text="debian-handbook", window=0, position=17) if top1 < 1 else None,
         by_text={"debian-handbook": ratio, "python-docs": min(1.0, ratio + 0.0004)},
     )

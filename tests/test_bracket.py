@@ -94,6 +94,34 @@ def test_a_doubt_about_quality_stops_nobody() -> None:
     assert fallen(after_screening([trial("near", kept=0.985, clear=False)], spec(min_quality=0.99))) == {}
 
 
+def flipping(of: Trial, share: float, *, clear: bool = True) -> Trial:
+    """The trial with another likeliest token than the reference at such a share of decoded positions."""
+    assert of.quality is not None
+    changes = {"top1_agreement": 1 - share, "clear_of_flips": clear}
+    decode = of.quality.decode.model_copy(update=changes)
+    return of.model_copy(update={"quality": of.quality.model_copy(update={"decode": decode})})
+
+
+def test_a_kernel_that_flips_tokens_falls_although_it_shares_its_parents_files() -> None:
+    """A knob that only the session heeds is judged by what its own kernels answered, however fast it is."""
+    parent = trial("parent")
+    quick = flipping(trial("parent-noflash", e2e_ms=600), 0.25)
+    quick = quick.model_copy(update={"exported": parent.exported})
+    judged = after_screening([quick, parent], spec(max_token_flips=0.1))
+    assert set(fallen(judged)) == {"parent-noflash"}
+    assert judged[0].reason.startswith("screening: misses max_token_flips: 0.250 > 0.100 (decode path")
+    assert [miss.limit for miss in judged[0].misses] == ["max_token_flips"]
+
+
+def test_a_doubt_about_flips_is_for_the_evaluation() -> None:
+    """The slice stops nobody it is not sure of; what all windows say counts as it is."""
+    near, asked = flipping(trial("near"), 0.12, clear=False), spec(max_token_flips=0.1)
+    assert fallen(after_screening([near], asked)) == {}
+    (out,) = after_evaluation([near], asked)
+    assert out.reason.startswith("evaluation: misses max_token_flips: 0.120 > 0.100")
+    assert final_contest([near], asked) is None
+
+
 def test_who_needs_too_much_memory_falls() -> None:
     """Memory is measured once, in the screening, so it is decided there."""
     judged = after_screening([trial("large", rss_mb=900), trial("small")], spec(max_memory=ByteSize("800MB")))

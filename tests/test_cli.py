@@ -100,6 +100,8 @@ def refusal(outcome: Outcome) -> str:
         (["--max-tpot", "soon"], "--max-tpot: 'soon' is not a duration"),
         (["--max-memory", "2"], "--max-memory: '2' has no unit: write a size like 2GiB"),
         (["--min-quality", "0"], "--min-quality: Input should be greater than 0"),
+        (["--max-token-flips", "0%"], "--max-token-flips: Input should be greater than 0"),
+        (["--max-token-flips", "few"], "--max-token-flips: Input should be a valid number"),
         (["--rounds", "1"], "--rounds: Input should be greater than or equal to 3"),
         (["--engines", "torch,onyx"], "unknown engine 'onyx': choose from "),
         (["--register-as", "a b"], "--register-as: "),
@@ -440,9 +442,14 @@ def test_a_goal_says_the_same_as_its_flags(cli: Cli, tiny_glm: Path) -> None:
     """One line, or a flag for each part of it."""
     shape = ["--input-shape", "1,32"]
     goal = planned(
-        cli, tiny_glm, *shape, "--goal", "minimise tpot subject to ttft <= 1s, rss <= 2GiB, quality >= 95%"
+        cli,
+        tiny_glm,
+        *shape,
+        "--goal",
+        "minimise tpot subject to ttft <= 1s, rss <= 2GiB, quality >= 95%, flips <= 5%",
     )
     flags = ["--objective", "tpot", "--max-latency", "1s", "--max-memory", "2GiB", "--min-quality", "0.95"]
+    flags += ["--max-token-flips", "0.05"]
     assert goal == planned(cli, tiny_glm, *shape, *flags)
 
 

@@ -15,7 +15,12 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def gate(trials: tuple[Trial, ...], docs: Path, **changes: Any) -> GateResult:
-    asked: dict[str, Any] = {"rounds": ROUNDS, "min_quality": 0.99, "champion_id": CHAMPION}
+    asked: dict[str, Any] = {
+        "rounds": ROUNDS,
+        "min_quality": 0.99,
+        "max_token_flips": 0.1,
+        "champion_id": CHAMPION,
+    }
     return check_results(trials, **{**asked, **changes}, docs_dir=docs / "gate")
 
 
@@ -109,6 +114,7 @@ def test_a_losing_candidates_quality_does_not_block(tmp_path: Path) -> None:
     """Only the champion must keep the quality that was asked for; others lose by it."""
     assert gate(with_quality("decode", 0.76), tmp_path, min_quality=0.99).passed
     assert not gate(demo_trials(), tmp_path, min_quality=0.995).passed
+    assert not gate(demo_trials(), tmp_path, max_token_flips=0.01).passed
 
 
 def test_a_judged_trial_that_was_not_in_the_final_has_no_row(tmp_path: Path) -> None:

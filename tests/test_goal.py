@@ -41,6 +41,7 @@ def spec_of(goal: str, **arguments: Any) -> Any:
         ("maximise throughput subject to tpot <= 20ms", {"objective": "throughput", "max_tpot": "20ms"}),
         ("minimise e2e subject to memory <= 2GiB", {"objective": "latency", "max_memory": "2GiB"}),
         ("minimise e2e subject to quality ≥ 99%", {"objective": "latency", "min_quality": 0.99}),
+        ("minimise e2e subject to flips <= 5%", {"objective": "latency", "max_token_flips": "5%"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -88,6 +89,7 @@ def test_a_goal_becomes_a_spec_with_units() -> None:
     assert spec.max_memory == ByteSize("1GiB")
     assert spec.min_quality == pytest.approx(0.995)
     assert spec.max_tpot is None
+    assert spec_of("minimise tpot subject to flips <= 2.5%").max_token_flips == pytest.approx(0.025)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_a_limit_that_means_nothing_is_refused(goal: str, sentence: str) -> None
         ({"max_tpot": "1s"}, "--max-tpot"),
         ({"max_memory": "1GiB"}, "--max-memory"),
         ({"min_quality": 0.9}, "--min-quality"),
+        ({"max_token_flips": "5%"}, "--max-token-flips"),
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "timing_budget_s": 2,
     "quality_tokens": 64,
     "min_quality": 0.5,
+    "max_token_flips": 1,
 }
 FLAGS = [
     "--input-shape=1,32",
@@ -37,6 +38,7 @@ FLAGS = [
     "--rounds=4",
     "--timing-budget-s=2",
     "--quality-tokens=64",
+    "--max-token-flips=100%",
     "--json",
 ]
 OPTIMIZE = [str(Path(sys.executable).with_name("open-autoglm")), "optimize", *FLAGS]

@@ -22,7 +22,7 @@ from open_autoglm.quality.reference import (
     log_probs_of,
 )
 from open_autoglm.quality.texts import TEXTS
-from open_autoglm.schemas import PathQuality, QualityReport
+from open_autoglm.schemas import PathQuality, Place, QualityReport
 
 VOCAB = 900
 LAYOUT = Layout(windows=6, window_tokens=193, prompt_tokens=128, decode_tokens=64, greedy_tokens=8)
@@ -164,6 +164,7 @@ def test_an_identical_candidate_keeps_everything(
     assert report.ratio == 1.0
     assert report.finite
     assert report.greedy_same_tokens == (LAYOUT.greedy_tokens,) * len(TEXTS)
+    assert report.first_divergence == (LAYOUT.greedy_tokens, LAYOUT.greedy_tokens)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
@@ -269,6 +270,8 @@ def test_perplexities_are_those_computed_by_hand(
         assert path.ratio_interval[0] < path.ratio < path.ratio_interval[1]
         agree = (other.argmax(axis=-1) == table.argmax(axis=-1))[pairs[0]].mean()
         assert path.top1_agreement == pytest.approx(agree)
+        low, high = path.flips_interval
+        assert low < path.token_flips < high
         for index, kind in enumerate(TEXTS):
             there = (pairs[0][index], pairs[1][index])
             expected = perplexity(table, there) / perplexity(other, there)
@@ -343,9 +346,46 @@ def test_non_finite_logits_are_reported_not_raised(
     session = TableSession(tables[0], decode_table=tables[1])
     report = score(session, evaluation_set, reference)
     assert not report.finite
+    told = f"{path} gave logits that are not finite, first at position {first_read(tokens, path, read)} of "
+    assert report.not_finite == f"{told}window 0 of {TEXTS[0]}"
     assert report.ratio == 0.0
     assert report.decode.tokens == 0
     assert QualityReport.model_validate_json(report.model_dump_json()) == report
+
+
+def first_read(tokens: Tokens, path: str, read: int) -> int:
+    """Where the token at ``read`` of the very first window is read first by that path."""
+    start = 0 if path == "prefill" else LAYOUT.prompt_tokens
+    return start + int((tokens[0, 0, start:] == tokens[0, 0, read]).argmax())
+
+
+def test_the_first_flip_is_where_the_tables_differ(
+    table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """On each path by itself, counted from the window's begin; None where all likeliest tokens agree."""
+    read = LAYOUT.prompt_tokens + 5
+    other = table.copy()
+    other[tokens[0, 0, read]] *= -1
+    report = score(TableSession(table, decode_table=other), evaluation_set, reference)
+    expected = Place(text=TEXTS[0], window=0, position=first_read(tokens, "decode", read))
+    assert (report.prefill.first_flip, report.decode.first_flip) == (None, expected)
+    assert report.flipping_path == "decode"
+    assert report.flipping.token_flips > 0
+
+
+@pytest.mark.parametrize(("share", "windows"), [(0.02, 1), (0.1, 6), (0.3, 1)])
+def test_scoring_goes_on_until_the_verdict_on_flips_is_clear(
+    evaluation_set: EvaluationSet, share: float, windows: int
+) -> None:
+    """However clear the perplexity is: 10 % of flips against a limit of 10 % tell nothing."""
+    generator = np.random.default_rng(8)
+    count = len(TEXTS) * LAYOUT.windows
+    rows = generator.random((count, 128)) < share
+    parts = [comparison(np.zeros((1, 128)))._replace(agrees=~row[None]) for row in rows]
+    found = judge(parts, evaluation_set, 0.99, 0.1)
+    assert found.clear_of_limit
+    assert scored_windows(found, 128) == windows
+    assert found.clear_of_flips == (windows < LAYOUT.windows)
 
 
 def test_absurd_logits_stay_within_json(

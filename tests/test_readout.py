@@ -76,6 +76,8 @@ def test_a_miss_is_told_in_the_units_people_use() -> None:
     """Memory is in MiB, quality in percent."""
     memory = Miss(limit="max_memory", allowed=2**30, measured=1.5 * 2**30, unit="bytes", decided_by="")
     quality = Miss(limit="min_quality", allowed=0.99, measured=0.9801, unit="", decided_by="decode path")
+    flips = Miss(limit="max_token_flips", allowed=0.1, measured=0.134, unit="", decided_by="decode path")
+    assert readout.miss_words(flips) == "token flips 13.4 %, limit 10.0 %, 34.0 % beyond"
     assert readout.miss_words(memory) == "peak memory 1,536 MiB, limit 1,024 MiB, 50.0 % beyond"
     assert readout.miss_words(quality) == "quality kept 98.0 %, limit 99.0 %, 1.0 % beyond"
 

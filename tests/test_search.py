@@ -59,7 +59,7 @@ def turn(ttft_ms: float, tpot_ms: float, *, repeated: bool = False) -> Round:
     )
 
 
-def quality(ratio: float, *, clear: bool = True) -> QualityReport:
+def quality(ratio: float, *, clear: bool = True, flips: float = 0.05) -> QualityReport:
     path = PathQuality(
         tokens=512,
         perplexity=25 / ratio,
@@ -68,7 +68,8 @@ def quality(ratio: float, *, clear: bool = True) -> QualityReport:
         ratio_interval=(ratio - 0.002, ratio + 0.002),
         clear_of_limit=clear,
         kl_divergence=0.01,
-        top1_agreement=0.9,
+        top1_agreement=1 - flips,
+        clear_of_flips=clear,
         by_text={},
     )
     return QualityReport(
@@ -201,6 +202,16 @@ def test_yardsticks_do_not_lead() -> None:
         screened(FP32, 900),
     ]
     assert short(refine(start)) == AROUND_FP32
+
+
+def test_a_knob_that_flips_tokens_is_out_of_the_search() -> None:
+    """Beyond doubt only; its speed then recommends nothing."""
+    flipping = screened(W8, 100, kept=quality(1, flips=0.2))
+    assert why_out(flipping, SPEC) == (
+        "has another likeliest token than the reference at 20.0% of positions, clearly more than 10.0%"
+    )
+    unsure = screened(W8, 100, kept=quality(1, flips=0.2, clear=False))
+    assert why_out(unsure, SPEC) is None
 
 
 def test_quality_in_doubt_does_not_end_a_search() -> None:

@@ -27,7 +27,7 @@ from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.measure.scenarios import metrics_of
 from open_autoglm.measure.statistics import P95_SAMPLES, summarise
 from open_autoglm.objectives import GOALS, Goal, change_words, duel, final_of, goal_of
-from open_autoglm.schemas import Fall, Miss, NoiseFloor, OptimizeSpec, Round, Trial
+from open_autoglm.schemas import Fall, Miss, NoiseFloor, OptimizeSpec, Place, Round, Trial
 from open_autoglm.selection import choose, pareto_front
 from open_autoglm.units import ByteSize, Duration
 
@@ -148,6 +148,19 @@ def test_a_miss_reads_as_a_sentence() -> None:
     (miss,) = misses(trial("a"), spec(max_latency=Duration("50ms")))
     assert miss.sentence().startswith("max_latency: 100 ")
     assert "median TTFT; 10 samples" in miss.sentence()
+
+
+def test_flips_are_judged_on_the_worse_path_and_say_where_they_begin() -> None:
+    """However much quality is kept and however fast it is: another likeliest token is another answer."""
+    one = trial("a")
+    assert one.quality is not None
+    first = Place(text="fiction", window=0, position=131)
+    decode = one.quality.decode.model_copy(update={"top1_agreement": 0.875, "first_flip": first})
+    flipping = one.model_copy(update={"quality": one.quality.model_copy(update={"decode": decode})})
+    (miss,) = misses(flipping, spec())
+    told = "(decode path, 768 tokens, first at position 131 of window 0 of fiction)"
+    assert miss.sentence() == f"max_token_flips: 0.125 > 0.100 {told}"
+    assert misses(flipping, spec(max_token_flips=0.125)) == ()
 
 
 def test_how_far_a_limit_was_missed_is_a_share_of_the_limit() -> None:

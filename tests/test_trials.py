@@ -230,7 +230,11 @@ def test_another_host_or_configuration_is_looked_at_anew(
         ({"open": "segfaults"}, "crashed", "screening: ended with SIGSEGV"),
         ({"open": "raises"}, "failed", "screening: RuntimeError: no kernel for this device"),
         ({"open": "takes-all-memory"}, "out_of_memory", "screening: ran out of memory (MemoryError: )"),
-        ({"open": "gives-nan"}, "incorrect", "screening: prefill gave logits that are not finite"),
+        (
+            {"open": "gives-nan"},
+            "incorrect",
+            "screening: prefill gave logits that are not finite at position 31 of a request",
+        ),
         ({"open": "hangs"}, "timed_out", "screening: gave no answer within 4 s and was killed"),
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
@@ -284,7 +288,9 @@ def sliced(trial: Trial, *, clear: bool) -> Trial:
     """As if the slice had settled it, or left it open."""
     assert trial.quality is not None
     paths = {
-        name: getattr(trial.quality, name).model_copy(update={"clear_of_limit": clear})
+        name: getattr(trial.quality, name).model_copy(
+            update={"clear_of_limit": clear, "clear_of_flips": clear}
+        )
         for name in ("prefill", "decode")
     }
     return trial.model_copy(update={"quality": trial.quality.model_copy(update=paths)})

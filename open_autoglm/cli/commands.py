@@ -30,7 +30,7 @@ _FLAGS = {
 }
 """Flags that are not called as their fields are."""
 
-_GOAL = ("objective", "max_latency", "max_tpot", "max_memory", "min_quality")
+_GOAL = ("objective", "max_latency", "max_tpot", "max_memory", "min_quality", "max_token_flips")
 
 
 def make_spec(arguments: dict[str, Any]) -> OptimizeSpec:

@@ -23,6 +23,7 @@ _OBJECTIVES = {
 _LIMITS = {
     "ttft": "max_latency", "ttft_p95": "max_latency", "latency": "max_latency", "tpot": "max_tpot",
     "rss": "max_memory", "memory": "max_memory", "quality": "min_quality",
+    "flips": "max_token_flips",
 }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--max-tpot", help="Limit on the time per output token: 20ms.")
 @click.option("--max-memory", help="Limit on peak memory: 2GiB, 512MB.")
 @click.option("--min-quality", type=float, help="Share of quality to keep.  [default: 0.99]")
+@click.option("--max-token-flips", help="Limit on positions with another likeliest token.  [default: 10%]")
 @click.option(
     "--objective",
     type=click.Choice(OBJECTIVES),

@@ -72,6 +72,7 @@ class ScoreJob(Model):
     evaluation_set: EvaluationSet
     reference: Path
     min_quality: float
+    max_token_flips: float
     windows: int | None = Field(None, description="of each text, at most; None for all")
 
 
@@ -178,6 +179,7 @@ def score_session(job: ScoreJob) -> QualityReport:
         job.reference,
         batch_size=served.options.batch_size,
         limit=job.min_quality,
+        max_flips=job.max_token_flips,
         windows=job.windows,
     )
 

@@ -66,9 +66,9 @@ def run_round(
     begin = clock()
     answers = [_answer(session, request, begin, clock, sleep) for request in requests]
     conditions = meter.read()
-    for answer in answers:
-        _require_finite(answer.first, "prefill")
-        _require_finite(answer.last, "decode")
+    for request, answer in zip(requests, answers, strict=True):
+        _require_finite(answer.first, "prefill", request.tokens.shape[1] - 1)
+        _require_finite(answer.last, "decode", sum(request.lengths) - 2)
     token_ms = [tuple((after - before) * 1e3 for before, after in pairwise(a.known)) for a in answers]
     return Round(
         index=index,
@@ -115,9 +115,9 @@ def lead_in(session: Session, tokens: Tokens, room: int) -> None:
         session.decode(np.ascontiguousarray(tokens[:, position % tokens.shape[1]]))
 
 
-def _require_finite(logits: Logits, phase: str) -> None:
+def _require_finite(logits: Logits, phase: str, position: int) -> None:
     if not np.isfinite(logits).all():
-        raise IncorrectOutput(f"{phase} gave logits that are not finite")
+        raise IncorrectOutput(f"{phase} gave logits that are not finite at position {position} of a request")
 
 
 def warm_up(

@@ -96,6 +96,7 @@ def pruning_spec(checkpoint: Checkpoint, keep_quality: float, seed: int) -> Opti
         prompt_tokens=min(LONGEST_PROMPT_TOKENS, max(1, checkpoint.context_tokens // 2)),
         output_tokens=2,
         min_quality=keep_quality,
+        max_token_flips=1,  # the quality that was asked for decides alone
         seed=seed,
     )
 

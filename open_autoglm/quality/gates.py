@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _TIMES = ("ttft_ms", "tpot_ms")
 _METRICS = (*_TIMES, "tokens_per_s", "peak_rss_bytes")
 _QUALITY = ("quality_prefill", "quality_decode")
+_FLIPS = ("flips_prefill", "flips_decode")
 _LARGEST = {"ttft_ms": 86_400_000, "tpot_ms": 86_400_000, "tokens_per_s": 1e7, "peak_rss_bytes": 2**50}
 """A day, ten million tokens per second, a pebibyte: beyond these a figure is a mistake, infinity included."""
 
@@ -28,7 +29,8 @@ _LARGEST = {"ttft_ms": 86_400_000, "tpot_ms": 86_400_000, "tokens_per_s": 1e7, "
 def results_frame(trials: Iterable[Trial]) -> pd.DataFrame:
     """One row per finalist that ran to the end; what it does not have is NaN.
 
-    Times are in ms, memory in bytes, quality is the share of the reference kept on each path.
+    Times are in ms, memory in bytes, quality is the share of the reference kept on each path,
+    flips are the share of positions with another likeliest token.
     """
     import pandas as pd
 
@@ -37,7 +39,7 @@ def results_frame(trials: Iterable[Trial]) -> pd.DataFrame:
         *_METRICS,
         *(f"{name}_{p}" for name in _TIMES for p in ("p50", "p95", "p99", "samples")),
     ]
-    columns += [*_QUALITY, "output_tokens_ratio", "noisy_rounds"]
+    columns += [*_QUALITY, *_FLIPS, "output_tokens_ratio", "noisy_rounds"]
     return pd.DataFrame([_row(t) for t in trials if t.status == "ok" and t.finalist], columns=columns)
 
 
@@ -49,13 +51,20 @@ def _row(trial: Trial) -> dict[str, Any]:
             row |= {f"{name}_{p}": getattr(metric, p) for p in ("p50", "p95", "p99", "samples")}
     if quality := trial.quality:
         row |= {"quality_prefill": quality.prefill.ratio, "quality_decode": quality.decode.ratio}
+        row |= {"flips_prefill": quality.prefill.token_flips, "flips_decode": quality.decode.token_flips}
     if taken := trial.measurements:
         row |= {"output_tokens_ratio": taken.output_tokens_ratio, "noisy_rounds": taken.noisy_rounds}
     return row
 
 
 def check_results(
-    trials: Sequence[Trial], *, rounds: int, min_quality: float, champion_id: str | None, docs_dir: Path
+    trials: Sequence[Trial],
+    *,
+    rounds: int,
+    min_quality: float,
+    max_token_flips: float,
+    champion_id: str | None,
+    docs_dir: Path,
 ) -> GateResult:
     """Check the measured ``trials``, and the champion among them, if there is one, more strictly.
 
@@ -69,7 +78,10 @@ def check_results(
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     table = context.data_sources.add_pandas("study").add_dataframe_asset("results")
-    suite = gx.ExpectationSuite(name="results", expectations=_expectations(rounds, min_quality, champion_id))
+    champion = _champion_expectations(champion_id, min_quality, max_token_flips) if champion_id else []
+    suite = gx.ExpectationSuite(
+        name="results", expectations=[*_completeness(rounds), *_plausibility(), *champion]
+    )
     validation = gx.ValidationDefinition(
         name="results",
         data=table.add_batch_definition_whole_dataframe("all"),
@@ -86,16 +98,11 @@ def check_results(
     return _judge(validated.results, f"{docs_dir.name}/index.html")
 
 
-def _expectations(rounds: int, min_quality: float, champion_id: str | None) -> list[Any]:
-    champion = [] if champion_id is None else _champion_expectations(champion_id, min_quality)
-    return [*_completeness(rounds), *_plausibility(), *champion]
-
-
 def _completeness(rounds: int) -> list[Any]:
     """NaN passes every range check and an empty table passes every column check, so these come first."""
     import great_expectations.expectations as gxe
 
-    needed = (*_METRICS, *_QUALITY, "output_tokens_ratio")
+    needed = (*_METRICS, *_QUALITY, *_FLIPS, "output_tokens_ratio")
     return [
         gxe.ExpectTableRowCountToBeBetween(min_value=1, description="at least one candidate was measured"),
         *(gxe.ExpectColumnValuesToNotBeNull(column=name, description=f"{name} is known") for name in needed),
@@ -152,7 +159,7 @@ def _plausibility() -> list[Any]:
     ]
 
 
-def _champion_expectations(champion_id: str, min_quality: float) -> list[Any]:
+def _champion_expectations(champion_id: str, min_quality: float, max_token_flips: float) -> list[Any]:
     """A row condition that matches nothing passes, so the champion's presence is an expectation too."""
     import great_expectations.expectations as gxe
     from great_expectations.expectations.row_conditions import Column
@@ -169,6 +176,15 @@ def _champion_expectations(champion_id: str, min_quality: float) -> list[Any]:
                 description=f"the champion's {name} is at least {min_quality:g}",
             )
             for name in _QUALITY
+        ),
+        *(
+            gxe.ExpectColumnValuesToBeBetween(
+                column=name,
+                max_value=max_token_flips,
+                row_condition=Column("trial") == champion_id,
+                description=f"the champion's {name} is at most {max_token_flips:g}",
+            )
+            for name in _FLIPS
         ),
     ]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from open_autoglm.quality.reference import (
     require_shape,
     slices,
 )
-from open_autoglm.schemas import PathQuality, QualityReport
+from open_autoglm.schemas import PathQuality, Phase, Place, QualityReport
 
 BLOCK_TOKENS = 32
 LEAST_BLOCKS = 8  # the spread of fewer means is hardly known
@@ -71,17 +72,19 @@ def score(
     *,
     batch_size: int = 1,
     limit: float = 0.99,
+    max_flips: float = 0.1,
     windows: int | None = None,
 ) -> QualityReport:
     """Judge ``session`` on ``evaluation_set`` against the file `compute_reference` wrote.
 
     ``windows`` of each text are read at most; None means all.
 
-    Each path is read until it is clear on which side of ``limit`` its ratio lies, or to the end. The
+    Each path is read until it is clear on which side of ``limit`` its ratio lies and on which side of
+    ``max_flips`` the share of positions whose likeliest token is another, or to the end. The
     prefill path reads one prompt per call; the decode path advances up to ``batch_size`` windows
     together, which must not exceed the session's own. NaN or infinity in any logits ends the scoring:
-    the report then has ``finite=False``, ratio 0 and no scored tokens. Raises ValueError if the logits
-    do not have the shape the contract promises or the reference belongs to another evaluation set.
+    the report then has ``finite=False``, where it was, ratio 0 and no scored tokens. Raises ValueError if
+    the logits do not have the shape the contract promises or the reference belongs to another evaluation set.
     """
     started = time.monotonic()
     expected, texts = Reference.load(reference, evaluation_set), evaluation_set.texts
@@ -89,19 +92,19 @@ def score(
     tokens, some = evaluation_set.load(), np.s_[:, : evaluation_set.layout.windows]
     predictions = Predictions(*map(_in_turn, expected.predictions.at(some)))
     ordered = _in_turn(tokens)
+    not_finite = ""
     try:
         sliced = windows is not None
         read = _prefill(session, evaluation_set, ordered, predictions)
-        prefill = judge(read, evaluation_set, limit, sliced=sliced)
+        prefill = judge(read, evaluation_set, limit, max_flips, sliced=sliced)
         one_by_one = _decode(session, evaluation_set, ordered, predictions, batch_size)
-        decode = judge(one_by_one, evaluation_set, limit, sliced=sliced)
+        start = evaluation_set.layout.prompt_tokens
+        decode = judge(one_by_one, evaluation_set, limit, max_flips, start=start, sliced=sliced)
         same = _same_greedy_tokens(session, evaluation_set, tokens, expected, batch_size)
-    except NonFiniteError:
+    except NonFiniteError as error:
         prefill = decode = _unscored(texts)
         same = (0,) * len(texts)
-        finite = False
-    else:
-        finite = True
+        not_finite = str(error)
     return QualityReport(
         prefill=prefill,
         decode=decode,
@@ -109,7 +112,8 @@ def score(
         ratio=min(prefill.ratio, decode.ratio),
         greedy_same_tokens=same,
         greedy_tokens=evaluation_set.layout.greedy_tokens,
-        finite=finite,
+        finite=not not_finite,
+        not_finite=not_finite,
         seconds=time.monotonic() - started,
     )
 
@@ -123,10 +127,11 @@ def _prefill(
     session: Session, evaluation_set: EvaluationSet, windows: Tokens, expected: Predictions
 ) -> Iterator[Comparison]:
     """Every prompt position of ``windows[rows, n]``, each prompt in one call."""
-    count = evaluation_set.layout.prompt_tokens
+    count, texts = evaluation_set.layout.prompt_tokens, evaluation_set.texts
     for row, window in enumerate(windows):
         logits = all_logits(session, window[:count], evaluation_set.vocab_size)
-        compared = compare(logits, window[1 : count + 1], expected.at((row, slice(count))))
+        with _locating(logits, "prefill", texts, [(row, position) for position in range(count)]):
+            compared = compare(logits, window[1 : count + 1], expected.at((row, slice(count))))
         del logits  # or two windows' worth of them would be held during the next pass
         yield _stack([compared], axis=0)
 
@@ -135,15 +140,36 @@ def _decode(
     session: Session, evaluation_set: EvaluationSet, windows: Tokens, expected: Predictions, batch_size: int
 ) -> Iterator[Comparison]:
     """The true tokens of ``windows[rows, n]``, fed one per call; only what `decode` returns is scored."""
-    positions = evaluation_set.layout.decode_positions
+    positions, texts = evaluation_set.layout.decode_positions, evaluation_set.texts
     for rows in slices(len(windows), batch_size):
-        require_finite(session.prefill(windows[rows, : positions.start]))
+        numbers = range(rows.start, rows.stop)
+        logits = session.prefill(windows[rows, : positions.start])
+        with _locating(logits, "prefill", texts, [(row, positions.start - 1) for row in numbers]):
+            require_finite(logits)
         steps = []
         for position in range(positions.start, positions.stop):
             logits = session.decode(windows[rows, position])
             require_shape(logits, (rows.stop - rows.start, evaluation_set.vocab_size))
-            steps.append(compare(logits, windows[rows, position + 1], expected.at((rows, position))))
+            with _locating(logits, "decode", texts, [(row, position) for row in numbers]):
+                steps.append(compare(logits, windows[rows, position + 1], expected.at((rows, position))))
         yield _stack(steps, axis=1)
+
+
+@contextmanager
+def _locating(
+    logits: Logits, path: Phase, texts: Sequence[str], places: Sequence[tuple[int, int]]
+) -> Iterator[None]:
+    """Let a NonFiniteError about ``logits[n, vocab]`` say where; ``places``: n rows with positions."""
+    try:
+        yield
+    except NonFiniteError as error:
+        first = _place(texts, *places[int(np.isfinite(logits).all(axis=-1).argmin())])
+        raise NonFiniteError(f"{path} gave logits that are not finite, first at {first}") from error
+
+
+def _place(texts: Sequence[str], row: int, position: int) -> Place:
+    """A position of the windows in turn, by its text."""
+    return Place(text=texts[row % len(texts)], window=row // len(texts), position=position)
 
 
 def _stack(parts: Sequence[Comparison], axis: int) -> Comparison:
@@ -151,12 +177,19 @@ def _stack(parts: Sequence[Comparison], axis: int) -> Comparison:
 
 
 def judge(
-    parts: Iterable[Comparison], evaluation_set: EvaluationSet, limit: float, *, sliced: bool = False
+    parts: Iterable[Comparison],
+    evaluation_set: EvaluationSet,
+    limit: float,
+    max_flips: float = 0.1,
+    *,
+    start: int = 0,
+    sliced: bool = False,
 ) -> PathQuality:
-    """Take ``parts``, each ``[rows, positions]``, until the verdict on ``limit`` is clear.
+    """Take ``parts``, each ``[rows, positions]`` from position ``start`` on, until the verdicts on the
+    ``limit`` of quality and on ``max_flips`` are clear.
 
     A look is only taken when every text has been read equally far. A slice is one look more, so it is
-    clear of the limit only by the stricter rule for looks.
+    clear of a limit only by the stricter rule for looks.
     """
     step = len(evaluation_set.texts) * math.ceil(evaluation_set.layout.windows / MOST_LOOKS)
     taken: list[Comparison] = []
@@ -164,17 +197,25 @@ def judge(
     for part in parts:
         taken.append(part)
         rows += len(part.kl)
-        if rows % step == 0 and _settled(np.concatenate([part.kept for part in taken]), limit):
+        if rows % step == 0 and all(_settled(_joined(taken), limit, max_flips).values()):
             break
-    scored = Comparison(*(np.concatenate(arrays) for arrays in zip(*taken, strict=True)))
-    found = summarise(scored, evaluation_set.texts, limit)
-    return found.model_copy(update={"clear_of_limit": _settled(scored.kept, limit)}) if sliced else found
+    scored = _joined(taken)
+    found = summarise(scored, evaluation_set.texts, limit, max_flips, start)
+    return found.model_copy(update=_settled(scored, limit, max_flips)) if sliced else found
 
 
-def _settled(kept: NDArray[np.float64], limit: float) -> bool:
-    """One look: do the differences ``kept[rows, positions]`` tell on which side of ``limit`` it is?"""
-    enough = len(kept) * blocks_of(kept.shape[1]) >= LEAST_BLOCKS
-    return enough and excludes(ratio_interval(kept, LOOK_CONFIDENCE), limit)
+def _joined(parts: Sequence[Comparison]) -> Comparison:
+    return Comparison(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _settled(scored: Comparison, limit: float, max_flips: float) -> dict[str, bool]:
+    """One look: does what was ``scored`` tell on which side of each limit it is? By PathQuality's fields."""
+    rows, positions = scored.agrees.shape
+    enough = rows * blocks_of(positions) >= LEAST_BLOCKS
+    return {
+        "clear_of_limit": enough and excludes(ratio_interval(scored.kept, LOOK_CONFIDENCE), limit),
+        "clear_of_flips": enough and excludes(mean_interval(~scored.agrees, LOOK_CONFIDENCE), max_flips),
+    }
 
 
 def _same_greedy_tokens(
@@ -218,10 +259,14 @@ def coarse_kl(reference: NDArray[np.float32], candidate: NDArray[np.float32]) ->
     return divergence
 
 
-def summarise(scored: Comparison, texts: Sequence[str], limit: float) -> PathQuality:
-    """Pool comparisons ``[rows, positions]``, where every ``len(texts)`` rows are one of each text."""
-    kept = scored.kept
-    interval = ratio_interval(kept)
+def summarise(
+    scored: Comparison, texts: Sequence[str], limit: float, max_flips: float, start: int
+) -> PathQuality:
+    """Pool comparisons ``[rows, positions]`` from position ``start`` on, where every ``len(texts)`` rows are
+    one of each text."""
+    kept, flips = scored.kept, ~scored.agrees
+    interval, flips_interval = ratio_interval(kept), mean_interval(flips)
+    first = next(((int(row), start + int(at)) for row, at in np.argwhere(flips)), None)
     by_text = [_exp(kept[first :: len(texts)].mean()) for first in range(len(texts))]
     return PathQuality(
         tokens=kept.size,
@@ -232,23 +277,35 @@ def summarise(scored: Comparison, texts: Sequence[str], limit: float) -> PathQua
         clear_of_limit=excludes(interval, limit),
         kl_divergence=max(0.0, float(scored.kl.mean())),
         top1_agreement=float(scored.agrees.mean()),
+        flips_interval=flips_interval,
+        clear_of_flips=excludes(flips_interval, max_flips),
+        first_flip=_place(texts, *first) if first else None,
         by_text=dict(zip(texts, by_text, strict=True)),
     )
 
 
 def ratio_interval(kept: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of ``exp(mean(kept))`` for log-likelihood differences ``kept[rows, positions]``.
+    """Interval of ``exp(mean(kept))`` for log-likelihood differences ``kept[rows, positions]``."""
+    low, high = mean_interval(kept, confidence)
+    return _exp(low), _exp(high)
 
-    Differences at neighbouring tokens are correlated, so the samples are means over blocks of at least
+
+def mean_interval(
+    values: NDArray[np.float64] | NDArray[np.bool_], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the mean of ``values[rows, positions]``.
+
+    What neighbouring tokens give is correlated, so the samples are means over blocks of at least
     32 consecutive tokens of one window (the method of batch means), and Student's t is taken over those.
     """
     from scipy.special import stdtrit
 
-    blocks = np.array_split(kept, blocks_of(kept.shape[1]), axis=1)
+    blocks = np.array_split(values, blocks_of(values.shape[1]), axis=1)
     means = np.concatenate([block.mean(axis=1) for block in blocks])
     error = means.std(ddof=1) / math.sqrt(len(means))
-    margin = float(stdtrit(len(means) - 1, (1 + confidence) / 2)) * error
-    return _exp(kept.mean() - margin), _exp(kept.mean() + margin)
+    margin = float(stdtrit(len(means) - 1, (1 + confidence) / 2) * error)
+    middle = float(values.mean())
+    return middle - margin, middle + margin
 
 
 def blocks_of(positions: int) -> int:

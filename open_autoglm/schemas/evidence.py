@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Literal
 
 from pydantic import Field
@@ -170,6 +171,17 @@ class Race(Model):
     seconds: float
 
 
+class Place(Model):
+    """A position in the evaluation texts."""
+
+    text: str
+    window: int = Field(description="of that text, from 0")
+    position: int = Field(description="tokens of the window before it")
+
+    def __str__(self) -> str:
+        return f"position {self.position} of window {self.window} of {self.text}"
+
+
 class PathQuality(Model):
     """Quality of one path (prefill batch, or one-token decode with the cache) against the reference.
 
@@ -185,7 +197,21 @@ class PathQuality(Model):
     clear_of_limit: bool = Field(description="the interval excludes `min_quality`: on this side by evidence")
     kl_divergence: float = Field(description="mean KL(reference‖candidate) in nats; a lower bound")
     top1_agreement: float
+    flips_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="95 % interval of the share of flips, as for the ratio; 0 to 1: not known"
+    )
+    clear_of_flips: bool = Field(False, description="that interval excludes `max_token_flips`")
+    first_flip: Place | None = Field(
+        None,
+        description="where the likeliest token first is not the reference's, in the order of scoring; "
+        "None: no position differs",
+    )
     by_text: dict[str, float] = Field(description="ratio per evaluation text")
+
+    @property
+    def token_flips(self) -> float:
+        """Share of positions whose likeliest token is not the reference's."""
+        return 1 - self.top1_agreement
 
 
 class QualityReport(Model):
@@ -200,7 +226,23 @@ class QualityReport(Model):
     )
     greedy_tokens: int
     finite: bool
+    not_finite: str = Field("", description="where the first NaN or infinity was; empty if all is finite")
     seconds: float
+
+    @property
+    def first_divergence(self) -> tuple[float, int]:
+        """Median and minimum over the prompts of the tokens generated before the first that the reference
+        would not have generated; ``greedy_tokens`` where none is different."""
+        return median(self.greedy_same_tokens), min(self.greedy_same_tokens)
+
+    @property
+    def flipping_path(self) -> Phase:
+        """The path whose likeliest tokens differ more often; its flips are held to the limit."""
+        return "decode" if self.decode.token_flips > self.prefill.token_flips else "prefill"
+
+    @property
+    def flipping(self) -> PathQuality:
+        return self.decode if self.flipping_path == "decode" else self.prefill
 
     @property
     def worse(self) -> PathQuality:

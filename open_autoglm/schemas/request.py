@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from open_autoglm.schemas.base import Model, Objective, Scenario, TargetDevice
 from open_autoglm.units import ByteSize, Duration, LengthMix
+
+_PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 def _fit_for_forms(schema: dict[str, Any]) -> None:
@@ -74,6 +77,14 @@ class OptimizeSpec(Model):
         title="Quality to keep",
         description="Reference perplexity / candidate perplexity, on the worse of prefill and decode",
     )
+    max_token_flips: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        title="Limit on token flips",
+        description="Share of positions whose most likely token is not the reference's, on the worse path: "
+        "0.1 or 10%",
+    )
     engines: tuple[str, ...] = Field(
         (), title="Engines", description="Engines to try; none chosen means all of them"
     )
@@ -134,6 +145,12 @@ class OptimizeSpec(Model):
     allow_pickle: bool = Field(
         False, title="Allow pickles", description="Load .bin weights, which can run code when opened"
     )
+
+    @field_validator("max_token_flips", mode="before")
+    @classmethod
+    def _share_of_per_cent(cls, given: Any) -> Any:
+        match = _PER_CENT.fullmatch(given) if isinstance(given, str) else None
+        return float(match[1]) / 100 if match else given
 
     @model_validator(mode="before")
     @classmethod

@@ -91,6 +91,8 @@ class TransformersRuntime:
             dtype=getattr(torch, self.dtype),
             trust_remote_code=source.checkpoint.trust_remote_code,
         ).eval()
+        # Nothing ends a sequence early, and no end is suppressed either: greedy tokens as they come.
+        self._model.generation_config.eos_token_id = None
         self._settings: dict[str, Any] = {"do_sample": False}
 
     def generate(self, prompt: Tokens, count: int, told: Told) -> list[int]:
@@ -100,7 +102,6 @@ class TransformersRuntime:
                 ids,
                 attention_mask=self._torch.ones_like(ids),
                 max_new_tokens=count,
-                min_new_tokens=count,
                 streamer=_AfterPrompt(told),
                 **self._settings,
             )

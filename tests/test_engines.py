@@ -88,7 +88,7 @@ def test_start_candidates_keep_their_names() -> None:
         ("fp32", {"flash_attention": False, "arena": False}, "fp32-noflash-noarena", 32),
         ("dynamic-int8", {"threads": 4}, "dynamic-int8-t4", 8),
         ("w8a8", {"fixed_scales": False}, "w8a8-token", 8),
-        ("w8a8", {"weight_only_down": True, "threads": 1}, "w8a8-wdown-t1", 8),
+        ("w8a8", {"weight_only_down": False, "threads": 1}, "w8a8-down8-t1", 8),
     ],
 )
 def test_onnxruntime_names_what_is_not_the_default(
@@ -108,7 +108,7 @@ def test_onnxruntime_turns_what_trades_something() -> None:
         "allow_spinning": (True, False),
         "flash_attention": (True, False),
     }
-    int8 = {"fixed_scales": (True, False), "weight_only_down": (False, True)}
+    int8 = {"fixed_scales": (True, False), "weight_only_down": (True, False)}
     assert space(start["onnxruntime-fp32"]) == session
     mixed = {"symmetric": (True, False), "wide": ("none", "head", "head-down")}
     assert space(start["onnxruntime-w4-b32"]) == {"block_size": (32, 16, 64, 128), **mixed, **session}

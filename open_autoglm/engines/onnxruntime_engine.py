@@ -93,7 +93,7 @@ class OnnxRuntimeEngine:
         scales: dict[str, Knob] = {
             "scheme": "int8",
             "fixed_scales": True,
-            "weight_only_down": False,
+            "weight_only_down": True,
             **SESSION_KNOBS,
         }
         int8 = _candidate(
@@ -275,7 +275,7 @@ def _id(precision: Precision, knobs: Mapping[str, Knob]) -> str:
         parts.append(names[str(knobs["scheme"])])
     if knobs["scheme"] == "int8":
         parts += [] if knobs["fixed_scales"] else ["token"]
-        parts += ["wdown"] if knobs["weight_only_down"] else []
+        parts += [] if knobs["weight_only_down"] else ["down8"]
     if knobs["threads"] != ALL_THREADS:
         parts.append(f"t{knobs['threads']}")
     if knobs["graph_level"] != "all":

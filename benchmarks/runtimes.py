@@ -185,7 +185,10 @@ class LlamaCppRuntime:
 
 def prepare_openvino_genai(source: Source) -> None:
     """Our graph, by the names the pipeline looks for, with an input for the mask it hands over (nothing
-    reads it: a single prompt has no padding), and the tokenizer it insists on."""
+    reads it: a single prompt has no padding), and the tokenizer it insists on.
+
+    The paged backend refuses this graph, so the pipeline takes its stateful one, as it does by itself.
+    """
     import openvino as ov
     import openvino.opset13 as ops
     import openvino_tokenizers

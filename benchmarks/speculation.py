@@ -25,104 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.laboratory import Laboratory, open_laboratory, save
-from open_autoglm import engines
-from open_autoglm.engines.contract import DRAFT_TOKENS, Session, SessionOptions, Tokens
-from open_autoglm.generation import greedy
+from benchmarks.speculation_child import OUTPUT_TOKENS, PROMPT_TOKENS, Measured, SpeculationJob
+from open_autoglm.engines.contract import DRAFT_TOKENS
 from open_autoglm.measure.comparison import compare
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.measure.lease import device_lease
-from open_autoglm.measure.scenarios import run_round
-from open_autoglm.measure.workload import Request
-from open_autoglm.quality.texts import TEXTS, encode, load_tokenizer
-from open_autoglm.schemas import Candidate, Checkpoint, Comparison, ExportedModel, Model, Round
+from open_autoglm.schemas import Comparison, Model
 from open_autoglm.trials import exported_of
 
 RESULT = Path(__file__).parent / "results" / "speculation.json"
 CANDIDATES = ("onnxruntime-fp32", "onnxruntime-w8-b32", "onnxruntime-w8a8")
-KINDS = ("continue", "summarise", "repeat")
-PROMPT_TOKENS, OUTPUT_TOKENS, REPEATED_TOKENS = 512, 64, 32
 CHILD_TIMEOUT_S = 900.0
 
 
 def tell(line: str) -> None:
     sys.stderr.write(line + "\n")
-
-
-# ── prompts ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def draw_prompts(checkpoint: Checkpoint, kind: str, count: int, seed: int = 0) -> list[Tokens]:
-    """``count`` prompts ``int64[1, PROMPT_TOKENS]``, from each of the evaluation texts in turn."""
-    tokenizer = load_tokenizer(checkpoint)
-    generator = np.random.default_rng(seed)
-    texts = [encode(tokenizer, text, "eval") for text in TEXTS]
-    asked = np.asarray(tokenizer.encode("\n\nSummary: ", add_special_tokens=False, verbose=False))
-    prompts = []
-    for number in range(count):
-        text = texts[number % len(texts)]
-        start = int(generator.integers(len(text) - PROMPT_TOKENS))
-        passage = text[start : start + PROMPT_TOKENS]
-        end = {"continue": passage[:0], "summarise": asked, "repeat": passage[:REPEATED_TOKENS]}[kind]
-        prompts.append(np.concatenate([passage[: PROMPT_TOKENS - len(end)], end])[None])
-    return prompts
-
-
-# ── in the child ─────────────────────────────────────────────────────────────────────────────────
-
-
-class SpeculationJob(Model):
-    """Payload of :func:`measure`."""
-
-    candidate: Candidate
-    exported: ExportedModel
-    checkpoint: Checkpoint
-    prompts: int
-    draft_tokens: int
-    threads: int
-
-
-class Pair(Model):
-    """One prompt, answered twice."""
-
-    plain: Round
-    drafted: Round
-    same_tokens: int
-
-
-class Measured(Model):
-    """Answer of :func:`measure`."""
-
-    pairs: dict[str, tuple[Pair, ...]]
-    facts: dict[str, str]
-
-
-def measure(job: SpeculationJob) -> Measured:
-    """Answer all prompts of all kinds."""
-    room = SessionOptions(batch_size=1, max_tokens=PROMPT_TOKENS + OUTPUT_TOKENS, threads=job.threads)
-    session = engines.get(job.candidate.engine).open(job.candidate, job.exported, room)
-    pairs = {}
-    for kind in KINDS:
-        warm, *prompts = draw_prompts(job.checkpoint, kind, job.prompts + 1)
-        _pair(session, warm, 0, job.draft_tokens)
-        pairs[kind] = tuple(
-            _pair(session, prompt, number, job.draft_tokens) for number, prompt in enumerate(prompts)
-        )
-    return Measured(pairs=pairs, facts=session.facts())
-
-
-def _pair(session: Session, prompt: Tokens, number: int, draft_tokens: int) -> Pair:
-    request = Request(tokens=prompt, output_tokens=OUTPUT_TOKENS)
-    order = (0, draft_tokens) if number % 2 == 0 else (draft_tokens, 0)
-    rounds = {drafts: run_round(session, [request], number, draft_tokens=drafts) for drafts in order}
-    answers = [
-        np.concatenate([step.tokens[0] for step in greedy(session, prompt, OUTPUT_TOKENS, drafts)])
-        for drafts in (0, draft_tokens)
-    ]
-    same = int(np.logical_and.accumulate(answers[0] == answers[1]).sum())
-    return Pair(plain=rounds[0], drafted=rounds[draft_tokens], same_tokens=same)
-
-
-# ── in the parent ────────────────────────────────────────────────────────────────────────────────
 
 
 class Row(Model):
@@ -169,7 +86,7 @@ def run(laboratory: Laboratory, name: str, prompts: int, draft_tokens: int) -> M
     log = bench.study.log_path(f"{name}-speculation")
     with device_lease("cpu", alone=True):
         return run_isolated(
-            "benchmarks.speculation:measure",
+            "benchmarks.speculation_child:measure",
             job,
             Measured,
             log=log,
@@ -178,19 +95,20 @@ def run(laboratory: Laboratory, name: str, prompts: int, draft_tokens: int) -> M
 
 
 def table_of(rows: list[Row]) -> Table:
+    """Beside the ratio: how many leading tokens of ``OUTPUT_TOKENS`` are those without drafts."""
     table = Table(box=None, title="TPOT with drafts / without")
-    for column in ("candidate", "prompts", "ratio", "95 % interval", "right", "tokens/call", "same tokens"):
-        table.add_column(column)
+    for column in ("Candidate", "Prompts", "Ratio", "95 % interval", "Right", "Tokens/call", "Same tokens"):
+        table.add_column(column, no_wrap=True)
     for row in rows:
         low, high = row.comparison.interval
         table.add_row(
-            row.candidate,
+            row.candidate.removeprefix("onnxruntime-"),
             row.kind,
             f"{1 + row.comparison.change:.2f}",
-            f"{1 + low:.2f} to {1 + high:.2f}",
+            f"{1 + low:.2f} – {1 + high:.2f}",
             f"{row.right_share:.0%}",
             f"{row.tokens_per_call:.2f}",
-            f"median {int(np.median(row.same_tokens))}, least {min(row.same_tokens)} of {OUTPUT_TOKENS}",
+            f"{np.median(row.same_tokens):.0f} (least {min(row.same_tokens)})",
         )
     return table
 

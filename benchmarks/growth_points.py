@@ -27,6 +27,11 @@ class Place(Model):
     def name(self) -> str:
         return f"{self.model}-layers-{self.batch_size}x{self.prompt_tokens}"
 
+    @property
+    def work(self) -> int | None:
+        """Layers × tokens of the prompts, which time grows with; None for a model of another shape."""
+        return int(self.model) * self.prompt_tokens * self.batch_size if self.model.isdigit() else None
+
     def along(self, curve: Curve) -> int:
         """What varies along ``curve``."""
         varying = {"prompt": self.prompt_tokens, "batch": self.batch_size, "layers": int(self.model)}
@@ -84,6 +89,7 @@ class Point(Model):
     candidate: str
     figures: Figures | None = None
     reason: str = ""
+    seconds: float = Field(0.0, description="from opening the model to the last round")
 
 
 class Export(Model):
@@ -100,6 +106,35 @@ class Export(Model):
     def share(self) -> float:
         """Peak memory of the exporting process / bytes of the checkpoint."""
         return self.peak_rss_bytes / self.checkpoint_bytes
+
+
+def expected_s(
+    place: Place, candidate: str, requests: int, points: Sequence[Point], exports: Sequence[Export]
+) -> float:
+    """About what so many ``requests`` at ``place`` will take, by the candidate's last point and last export.
+
+    As long as that point, but the prompts in proportion to their work; and an export in proportion to the
+    layers, where there is none yet. What nothing tells of counts nothing.
+    """
+    return _rounds_s(place, candidate, requests, points) + _export_s(place, candidate, exports)
+
+
+def _rounds_s(place: Place, candidate: str, requests: int, points: Sequence[Point]) -> float:
+    for before in reversed(points):
+        work, figures = before.place.work, before.figures
+        if before.candidate == candidate and figures and work and place.work:
+            more = max(0.0, place.work / work - 1)
+            return before.seconds + requests * figures.ttft_ms.median / 1000 * more
+    return 0.0
+
+
+def _export_s(place: Place, candidate: str, exports: Sequence[Export]) -> float:
+    made = [export for export in exports if export.candidate == candidate and not export.reason]
+    if not made or any(export.model == place.model for export in made):
+        return 0.0
+    if not (place.model.isdigit() and made[-1].model.isdigit()):
+        return 0.0
+    return made[-1].seconds * int(place.model) / int(made[-1].model)
 
 
 def growth_table(points: Sequence[Point], exports: Sequence[Export]) -> Table:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.laboratory import Laboratory, open_laboratory, save
-from open_autoglm.bracket import after_evaluation, after_screening, best_go_on, final_contest, race_contest
+from open_autoglm.bracket import after_screening, best_go_on, final_contest, race_contest
 from open_autoglm.conclusion import Standings
 from open_autoglm.heats import Contest, run_stage
 from open_autoglm.measure.comparison import compare
@@ -104,9 +104,11 @@ def run_race_arm(
         generations.append([screen_trial(bench, files[c.id], reference, settings) for c in able])
         candidates = next_generation(generations, analysis, bench.spec)
     screened = [trial for generation in generations for trial in generation]
-    trials = after_screening(screened, bench.spec)
-    trials = [evaluate_trial(bench, trial, reference, settings) for trial in trials]
-    standings = Standings(trials=tuple(after_evaluation(trials, bench.spec)))
+    wave = after_screening(screened, bench.spec)
+    standings = Standings(trials=tuple(wave))
+    while wave:
+        judged = [evaluate_trial(bench, trial, reference, settings) for trial in wave]
+        standings, wave = standings.refilled(judged, bench.spec)
     if (contest := race_contest(standings.trials, bench.spec)) is not None:
         run, race = run_stage(bench, "race", contest, settings)
         standings = standings.after(race, run)

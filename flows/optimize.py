@@ -11,7 +11,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from open_autoglm.schemas import OptimizeSpec, Study, Trial
 from open_autoglm.study import working_on
 from tasks.analyze import analyse, propose, refine
-from tasks.benchmark import final, prepare_bench, race, screen, shortlist
+from tasks.benchmark import final, prepare_bench, race, refill, screen, shortlist
 from tasks.evaluate import compute_reference, evaluate
 from tasks.export import export
 from tasks.load import load, open_directory, probe
@@ -24,7 +24,8 @@ SIDE_BY_SIDE = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_w
 
 @flow(name="optimize", task_runner=SIDE_BY_SIDE, flow_run_name="optimize-{spec.model_path}")
 def optimize(spec: OptimizeSpec) -> Study:
-    """Load, analyse, plan; export and screen, and search around the best; evaluate, race, final, register.
+    """Load, analyse, plan; export and screen, and search around the best; evaluate until all places are
+    taken, race, final, register.
 
     Preparation goes on side by side; a timed run holds the device alone. A candidate that fails is a trial
     with a reason. A study that was interrupted is resumed.
@@ -48,6 +49,10 @@ def optimize(spec: OptimizeSpec) -> Study:
             candidates = refine(generations, analysis, spec)
 
         standings = shortlist(bench, admit_incumbent(bench, analysis, generations, reference.result()))
-        judged = evaluate.map(standings.trials, unmapped(bench), unmapped(reference), unmapped(mlflow_run_id))
-        standings = final(bench, race(bench, standings, judged.result()))
+        wave = list(standings.trials)
+        while wave:
+            judged = evaluate.map(wave, unmapped(bench), unmapped(reference), unmapped(mlflow_run_id))
+            standings, wave = refill(bench, standings, judged.result())
+
+        standings = final(bench, race(bench, standings))
         return register(bench, analysis, standings, mlflow_run_id)

@@ -23,6 +23,11 @@ HOPELESS = 2.0
 
 MOST_ENTRANTS = 6
 FINALISTS = 3
+
+MOST_WAVES = 3
+"""Entrants are evaluated in waves, a minute or so for each of them: after so many, one sound entrant is
+enough to begin with."""
+
 RACE_HEATS = 12
 MOST_HEATS = 200
 
@@ -55,6 +60,28 @@ def after_evaluation(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]
         fall = Fall(stage="evaluation", reason=f"misses {miss.sentence()}")
         judged.append(trial.model_copy(update={**fallen(fall), "misses": (miss,)}))
     return judged
+
+
+def called_up(trials: Sequence[Trial], spec: OptimizeSpec, waves: int) -> list[Trial]:
+    """Who takes the places of entrants that fell in the evaluation, ready to be evaluated, after so many
+    ``waves`` of it.
+
+    The screening's own ranking without those that fell: the next in line, also if it was hopeless only beside
+    one of them. Nobody once all places are taken, or after ``MOST_WAVES`` if anybody sound is there.
+    """
+    sound = [trial for trial in trials if _may_fall(trial)]
+    if waves >= MOST_WAVES and sound:
+        return []
+    back = {"status": "ok", "fall": None, "reason": "screened"}
+    waiting = [trial.model_copy(update=back) for trial in trials if _waits(trial)]
+    ranked = sorted((*sound, *waiting), key=lambda trial: rank_figure(trial, spec))
+    still_out = dict(_too_slow(ranked, spec))
+    return [trial for trial in waiting if trial.id not in still_out]
+
+
+def _waits(trial: Trial) -> bool:
+    """Stopped by the screening for others' sake: it misses no limit itself."""
+    return trial.fall is not None and trial.fall.stage == "screening" and not trial.misses
 
 
 def best_go_on(trials: Sequence[Trial], spec: OptimizeSpec) -> list[Trial]:
@@ -122,7 +149,7 @@ def _too_slow(ranked: Sequence[Trial], spec: OptimizeSpec) -> list[tuple[str, st
         if best is not None and factor > HOPELESS:
             found.append((trial.id, f"{number(factor)} times worse than {best.id} in short rounds"))
         elif place > MOST_ENTRANTS:
-            found.append((trial.id, f"place {place} in short rounds, and the best {MOST_ENTRANTS} go on"))
+            found.append((trial.id, f"place {place} in short rounds, for {MOST_ENTRANTS} places"))
     return found
 
 

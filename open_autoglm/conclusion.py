@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from open_autoglm.bracket import after_evaluation, called_up
 from open_autoglm.bundle import build_bundle
 from open_autoglm.capsule import with_capsule
 from open_autoglm.export.routes import library_versions
@@ -16,7 +17,7 @@ from open_autoglm.measure.racing import BUDGET_HEATS
 from open_autoglm.objectives import final_of
 from open_autoglm.quality.gates import check_results
 from open_autoglm.report import write_report
-from open_autoglm.schemas import Analysis, Incumbent, Model, Race, Study, Trial, Verdict
+from open_autoglm.schemas import Analysis, Incumbent, Model, OptimizeSpec, Race, Study, Trial, Verdict
 from open_autoglm.selection import choose
 from open_autoglm.study import save_study, save_trial
 from open_autoglm.tracking import Tracker
@@ -37,12 +38,24 @@ class Standings(Model):
     races: tuple[Race, ...] = ()
     incumbent: Incumbent | None = None
     search: tuple[str, ...] = ()
+    waves: int = 0
+    """Of the evaluation, so far."""
+
+    def now(self, trials: Sequence[Trial]) -> Standings:
+        """With ``trials``, some or all of them, as they are now."""
+        changed = {trial.id: trial for trial in trials}
+        return self.model_copy(update={"trials": tuple(changed.get(t.id, t) for t in self.trials)})
 
     def after(self, race: Race, run: Sequence[Trial]) -> Standings:
         """With the trials that ran in ``race`` as they are now."""
-        now = {trial.id: trial for trial in run}
-        trials = tuple(now.get(trial.id, trial) for trial in self.trials)
-        return self.model_copy(update={"trials": trials, "races": (*self.races, race)})
+        return self.now(run).model_copy(update={"races": (*self.races, race)})
+
+    def refilled(self, judged: Sequence[Trial], spec: OptimizeSpec) -> tuple[Standings, list[Trial]]:
+        """After another wave of the evaluation: without those that it shows to lose too much, and with who is
+        called up in their stead, also by itself as the next wave."""
+        standings = self.now(after_evaluation(judged, spec))
+        called = called_up(standings.trials, spec, self.waves + 1)
+        return standings.now(called).model_copy(update={"waves": self.waves + 1}), called
 
 
 def conclude(bench: Bench, analysis: Analysis, standings: Standings) -> Study:

@@ -51,14 +51,21 @@ def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
     or for judging the quality."""
     _check_arrivals(spec)
     _check_goal(spec)
-    needed = spec.prompt_tokens + spec.output_tokens
-    if needed > checkpoint.context_tokens:
-        raise UserError(
-            f"a prompt of {spec.prompt_tokens} tokens and {spec.output_tokens} new ones make {needed}, but "
-            f"{checkpoint.name} has a context of {checkpoint.context_tokens}: ask for shorter ones "
-            "(--input-shape, --output-tokens)"
-        )
+    _check_context(spec, checkpoint)
     plan_layout(checkpoint.context_tokens, spec)
+
+
+def _check_context(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
+    """Beyond its context a model has no positions: what a runtime answers there is undefined."""
+    lengths, flags = [(spec.prompt_tokens, spec.output_tokens)], "--input-shape, --output-tokens"
+    if spec.length_mix is not None:
+        lengths, flags = [(prompt, output) for prompt, output, _ in spec.length_mix.shares], "--length-mix"
+    prompt, output = max(lengths, key=sum)
+    if prompt + output > checkpoint.context_tokens:
+        raise UserError(
+            f"a prompt of {prompt} tokens and {output} new ones make {prompt + output}, but "
+            f"{checkpoint.name} has a context of {checkpoint.context_tokens}: ask for shorter ones ({flags})"
+        )
 
 
 def _check_arrivals(spec: OptimizeSpec) -> None:

@@ -7,6 +7,7 @@ their product. The price: what pays only jointly, each knob alone being no bette
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from statistics import median
@@ -36,13 +37,23 @@ def next_generation(
 
     ``spec.search_generations`` times the neighbours of the ``LEADERS`` best that are neither reference nor
     baseline nor incumbent, nor far ``BEHIND``; each time, and once more at the end, the combinations of
-    what helped. At most ``MOST_PER_GENERATION``, vetoed ones on top. The same trials give the same list; an
-    empty one means that the search is over.
+    what helped. At most ``MOST_PER_GENERATION``, shared among those they start from, vetoed ones on top. The
+    same trials give the same list; an empty one means that the search is over.
     """
-    found = [candidate for _, candidate in _proposals(generations, analysis, spec)]
-    able = [candidate for candidate in found if candidate.vetoed_because is None]
-    vetoed = [candidate for candidate in found if candidate.vetoed_because is not None]
-    return [*able[:MOST_PER_GENERATION], *vetoed]
+    found = _proposals(generations, analysis, spec)
+    able = [(origin, candidate) for origin, candidate in found if candidate.vetoed_because is None]
+    vetoed = [candidate for _, candidate in found if candidate.vetoed_because is not None]
+    return [*_shared(able, MOST_PER_GENERATION), *vetoed]
+
+
+def _shared(found: Sequence[tuple[Trial, Candidate]], places: int) -> list[Candidate]:
+    """At most ``places`` of ``found``, in its order: the first of each origin, then the second of each, …"""
+    seen: Counter[str] = Counter()
+    turns = []
+    for position, (origin, _) in enumerate(found):
+        turns.append((seen[origin.id], position))
+        seen[origin.id] += 1
+    return [found[position][1] for position in sorted(position for _, position in sorted(turns)[:places])]
 
 
 def lessons(

@@ -7,7 +7,6 @@ from pathlib import Path
 from prefect import task
 
 from open_autoglm.bracket import (
-    after_evaluation,
     after_screening,
     best_go_on,
     final_contest,
@@ -61,11 +60,18 @@ def shortlist(bench: Bench, standings: Standings) -> Standings:
 
 
 @task
-def race(bench: Bench, standings: Standings, judged: list[Trial]) -> Standings:
+def refill(bench: Bench, standings: Standings, judged: list[Trial]) -> tuple[Standings, list[Trial]]:
+    """Without those that lose too much by all that was scored, and with who takes their places."""
+    standings, called = standings.refilled(judged, bench.spec)
+    if called:
+        announce(f"evaluation: {', '.join(trial.id for trial in called)} called up for those that fell")
+    return standings, called
+
+
+@task
+def race(bench: Bench, standings: Standings) -> Standings:
     """Interleaved heats among those that keep the quality, until few enough are left for the final."""
-    trials = after_evaluation(judged, bench.spec)
-    standings = standings.model_copy(update={"trials": tuple(trials)})
-    contest = race_contest(trials, bench.spec)
+    contest = race_contest(standings.trials, bench.spec)
     if contest is not None:
         announce(f"race: {', '.join(contest.contestants)}")
         run, held = run_stage(bench, "race", contest, Settings())

@@ -34,7 +34,8 @@ _bars: dict[str, _Bar] = {}
 def start_progress(study: StudyRef, candidates: int) -> None:
     """Begin the bar: three units per candidate, the reference, race, final and conclusion.
 
-    What the search adds is not known yet: the bar then waits at its end. Call inside a flow run.
+    What the search adds, and who is called up later, is not known yet: the bar then waits at its end. Call
+    inside a flow run.
     """
     _bars[study.id] = _Bar(study, units=3 * candidates + 4)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import pytest
 from demo_trials import demo_round
+from hypothesis import given
+from hypothesis import strategies as st
 from studies import SHAPES, crashed_trial, measured_trial, vetoed_trials
 
 from open_autoglm.bracket import (
@@ -14,14 +16,17 @@ from open_autoglm.bracket import (
     HOPELESS,
     MOST_ENTRANTS,
     MOST_HEATS,
+    MOST_WAVES,
     RACE_HEATS,
     after_evaluation,
     after_screening,
     best_go_on,
+    called_up,
     final_contest,
     race_contest,
     recall,
 )
+from open_autoglm.conclusion import Standings
 from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.schemas import OptimizeSpec, Trial
 from open_autoglm.units import ByteSize, Duration
@@ -152,7 +157,7 @@ def test_only_so_many_enter_the_race() -> None:
     field = [trial(f"t{n}", e2e_ms=1000 + n) for n in range(MOST_ENTRANTS + 2)]
     judged = after_screening(field, spec())
     assert set(fallen(judged)) == {f"t{MOST_ENTRANTS}", f"t{MOST_ENTRANTS + 1}"}
-    assert f"place {MOST_ENTRANTS + 1} in short rounds" in judged[-2].reason
+    assert judged[-2].reason == "screening: place 7 in short rounds, for 6 places"
 
 
 def test_the_baseline_falls_for_nothing() -> None:
@@ -190,6 +195,98 @@ def test_who_loses_too_much_quality_in_full_falls_before_the_final() -> None:
     assert judged[0].fall.stage == "evaluation"
     assert [miss.limit for miss in judged[0].misses] == ["min_quality"]
     assert [judged[i] for i in (1, 2, 4)] == [field[i] for i in (1, 2, 4)]
+
+
+# ── places that become free ──────────────────────────────────────────────────────────────────────
+
+
+def evaluated(
+    field: Sequence[Trial], lossy: Container[str], asked: OptimizeSpec
+) -> tuple[list[Trial], list[list[str]]]:
+    """The field after every wave of an evaluation that finds ``lossy`` to lose too much; and who was in each
+    wave, as far as it was scored."""
+    wave = after_screening(field, asked)
+    standings, waves = Standings(trials=tuple(wave)), []
+    while wave:
+        waves.append([t.id for t in wave if t.status == "ok"])
+        scored = [less(t, 0.9) if t.id in lossy and t.status == "ok" else t for t in wave]
+        standings, wave = standings.refilled(scored, asked)
+    return list(standings.trials), waves
+
+
+def less(of: Trial, kept: float) -> Trial:
+    """The trial as a full evaluation judged it."""
+    judged = trial("judged", kept=kept).quality
+    return of.model_copy(update={"quality": judged})
+
+
+def entrants(trials: Sequence[Trial], asked: OptimizeSpec) -> Sequence[str]:
+    contest = race_contest(trials, asked)
+    assert contest is not None
+    return contest.contestants
+
+
+def test_who_falls_in_the_evaluation_gives_its_place_to_the_next() -> None:
+    """Four of six fall, so the seventh to tenth are evaluated; of those one falls, so the eleventh is."""
+    field, asked = [trial(f"t{n}", e2e_ms=1000 + n) for n in range(14)], spec()
+    trials, waves = evaluated(field, {"t0", "t2", "t3", "t5", "t8"}, asked)
+    assert waves == [["t0", "t1", "t2", "t3", "t4", "t5"], ["t6", "t7", "t8", "t9"], ["t10"]]
+    assert entrants(trials, asked) == ["t1", "t4", "t6", "t7", "t9", "t10"]
+    assert [t.id for t in trials] == [t.id for t in field]
+    assert {t.id: t.fall.stage for t in trials if t.fall} == {
+        **dict.fromkeys(("t0", "t2", "t3", "t5", "t8"), "evaluation"),
+        **dict.fromkeys(("t11", "t12", "t13"), "screening"),
+    }
+    assert trials[11].reason == "screening: place 12 in short rounds, for 6 places"
+    assert (trials[7].status, trials[7].reason, trials[7].fall) == ("ok", "screened", None)
+
+
+def test_a_crash_in_the_evaluation_frees_a_place_too() -> None:
+    """Whatever takes an entrant out, the next one comes in."""
+    field = after_screening([trial(f"t{n}", e2e_ms=1000 + n) for n in range(MOST_ENTRANTS + 2)], spec())
+    field[3] = crashed_trial()
+    assert [t.id for t in called_up(field, spec(), waves=1)] == [f"t{MOST_ENTRANTS}"]
+
+
+def test_who_misses_a_limit_is_never_called_up() -> None:
+    """Nor who is hopeless beside somebody who is still in."""
+    field = [
+        *(trial(f"t{n}", e2e_ms=1000 + n) for n in range(3)),
+        trial("lossy", kept=0.9),
+        trial("large", rss_mb=900),
+        trial("far", e2e_ms=1001 * HOPELESS * 1.01),
+    ]
+    trials, waves = evaluated(field, {"t0"}, spec(max_memory=ByteSize("800MB")))
+    assert waves == [["t0", "t1", "t2"]]
+    assert fallen(trials).keys() == {"t0", "lossy", "large", "far"}
+
+
+def test_hopeless_only_beside_one_that_fell_is_not_hopeless() -> None:
+    """What is compared with has to be fit to win itself."""
+    field = [trial("quick", e2e_ms=400), trial("sound", e2e_ms=900), trial("slow", e2e_ms=1900)]
+    trials, waves = evaluated(field, {"quick"}, spec())
+    assert waves == [["quick"], ["sound"]]
+    assert fallen(trials)["slow"] == "screening: 4.75 times worse than quick in short rounds"
+    assert final_contest(trials, spec()) is not None
+
+
+@given(st.sets(st.integers(0, 29)), st.integers(1, 30))
+def test_the_places_go_to_the_first_that_are_sound(lossy: set[int], many: int) -> None:
+    """Whoever they are, in as few waves as it takes; the number of waves is limited once anybody is sound."""
+    field, asked = [trial(f"t{n}", e2e_ms=1000 + n) for n in range(many)], spec()
+    trials, waves = evaluated(field, {f"t{n}" for n in lossy}, asked)
+    sound = [f"t{n}" for n in range(many) if n not in lossy]
+    racing = [t.id for t in trials if t.status == "ok"]
+    tried = [name for wave in waves for name in wave]
+    assert tried == [f"t{n}" for n in range(len(tried))]
+    assert racing == sound[: len(racing)]
+    assert bool(racing) == bool(sound)
+    assert len(racing) == min(MOST_ENTRANTS, len(sound)) or len(waves) >= MOST_WAVES
+    assert len(waves) <= MOST_WAVES or not any(name in sound for wave in waves[:-1] for name in wave)
+    assert evaluated(field, {f"t{n}" for n in lossy}, asked) == (trials, waves)
+
+
+# ── without a race ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_without_a_race_the_best_go_on_by_what_the_screening_saw() -> None:

@@ -93,6 +93,11 @@ def refusal(outcome: Outcome) -> str:
         (["--input-shape", "-1,512"], "--input-shape: '-1,512' is not a shape"),
         (["--input-shape", "5000,32"], "--input-shape: Input should be less than or equal to 1024"),
         (["--input-shape", "1,4096"], "has a context of 512: ask for shorter ones"),
+        (
+            ["--input-shape", "1,449", "--output-tokens", "64"],
+            "449 tokens and 64 new ones make 513, but tiny-glm has a context of 512: ask for shorter ones "
+            "(--input-shape, --output-tokens)",
+        ),
         (["--output-tokens", "1"], "--output-tokens: Input should be greater than or equal to 2"),
         (["--max-latency", "50"], "--max-latency: '50' has no unit: write a duration like 50ms"),
         (["--max-latency", "-50ms"], "--max-latency: '-50ms' must be greater than zero"),
@@ -124,7 +129,7 @@ def refusal(outcome: Outcome) -> str:
         (["--length-mix", "128"], "--length-mix: "),
         (["--length-mix", "32/8:0"], "--length-mix: "),
         (["--length-mix", "32/1:1"], "--length-mix: "),
-        (["--length-mix", "4096/8:1,32/8:3"], "has a context of 512: ask for shorter ones"),
+        (["--length-mix", "4096/8:1,32/8:3"], "has a context of 512: ask for shorter ones (--length-mix)"),
         (["--goal", "go fast"], "--goal: 'go fast' is not a goal; write it like: minimise ttft_p95"),
         (["--goal", "minimise ttft", "--max-tpot", "1ms"], "so does --max-tpot: give one of them"),
     ],

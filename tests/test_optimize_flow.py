@@ -17,11 +17,14 @@ from studies import demo_hardware
 from open_autoglm import engines
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
+from open_autoglm.measure.isolation import Failure
 from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.objectives import final_of
-from open_autoglm.schemas import OptimizeSpec, Study
+from open_autoglm.schemas import OptimizeSpec, Study, Trial
+from open_autoglm.search import rank_figure
 from open_autoglm.settings import Settings
 from open_autoglm.study import RESULT, load_study
+from open_autoglm.trials import Bench, evaluate_trial
 
 SMALL: dict[str, Any] = {
     "prompt_tokens": 32,
@@ -215,6 +218,37 @@ def test_running_it_again_repeats_nothing(study: Study, spec: OptimizeSpec) -> N
     assert "it is the registered champion, measured again" in again.verdict.reasons[0]
     assert study.registration is not None
     assert len(versions(study.registration.model_name or "")) == 1
+
+
+def test_the_next_in_line_take_the_places_of_those_that_fall(
+    study: Study, spec: OptimizeSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two places, and two entrants that a full evaluation finds lossy, the third and fourth come to the
+    final and the fifth stays out; running it again says the same."""
+    order = sorted((t for t in study.trials if t.screening), key=lambda trial: rank_figure(trial, spec))
+    first, second, third, fourth, fifth = (trial.id for trial in order)
+
+    def evaluated(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:
+        scored = evaluate_trial(bench, trial, reference, settings)
+        if trial.id not in (first, second) or scored.quality is None:
+            return scored
+        return scored.model_copy(update={"quality": scored.quality.model_copy(update={"ratio": 0.4})})
+
+    monkeypatch.setattr("tasks.evaluate.evaluate_trial", evaluated)
+    monkeypatch.setattr("open_autoglm.bracket.MOST_ENTRANTS", 2)
+    monkeypatch.setattr("open_autoglm.bracket.HOPELESS", 1e9)
+    output = str(settings.home.parent / "refilled")
+    asked = spec.model_copy(update={"output": output, "register_as": "refilled"})
+    for found in (optimize(asked), optimize(asked)):
+        assert {t.id: t.fall.stage for t in found.trials if t.fall} == {
+            first: "evaluation",
+            second: "evaluation",
+            fifth: "screening",
+        }
+        assert {trial.id for trial in found.trials if trial.finalist} == {third, fourth}
+        assert found.trial(fifth).reason == "screening: place 5 in short rounds, for 2 places"
+        assert found.champion in (third, fourth)
+        assert all(trial.mlflow_run_id for trial in found.trials)
 
 
 # ── a tiny GLM, by the command line ──────────────────────────────────────────────────────────────

@@ -230,6 +230,15 @@ def test_a_workload_must_fit_the_context() -> None:
         check_workload(spec(prompt_tokens=8129, output_tokens=64), checkpoint)
 
 
+def test_the_longest_request_of_a_mix_must_fit_the_context() -> None:
+    """The longest prompt and the longest output need not be asked for together."""
+    checkpoint = demo_checkpoint()
+    check_workload(spec(length_mix="8000/8:1,512/1024:1"), checkpoint)
+    sentence = "a prompt of 8000 tokens and 193 new ones make 8193, but demo-glm has a context of 8192"
+    with pytest.raises(UserError, match=rf"{sentence}: ask for shorter ones \(--length-mix\)"):
+        check_workload(spec(length_mix="8000/193:1,512/1024:1"), checkpoint)
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

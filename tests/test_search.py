@@ -219,11 +219,22 @@ def test_quality_in_doubt_does_not_end_a_search() -> None:
     assert short(refine([screened(W8, 600, kept=quality(0.985, clear=False))])) == AROUND_W8
 
 
-def test_a_generation_is_limited() -> None:
-    """The better leader's neighbours first, and no more than so many are screened at once."""
+def test_a_generation_is_limited_and_shared() -> None:
+    """No more than so many are screened at once, half of them around each leader, each one's first knobs."""
     start = [screened(W8, 400), screened(W4, 500)]
-    assert short(refine(start))[: len(AROUND_W8)] == AROUND_W8
-    assert len(refine(start)) == len(refine(start, objective="memory")) == MOST_PER_GENERATION
+    half = MOST_PER_GENERATION // 2
+    around_w4 = short(neighbours(W4, {W4.id}, ANALYSIS, SPEC))
+    assert short(refine(start)) == AROUND_W8[:half] + around_w4[:half]
+    assert len(refine(start, objective="memory")) == MOST_PER_GENERATION
+
+
+def test_places_that_one_leader_does_not_need_are_the_others() -> None:
+    """As long as there is room, nobody's neighbour is left out."""
+    start = [screened(FP32, 400), screened(W8, 500)]
+    assert len(AROUND_FP32) + len(AROUND_W8) < MOST_PER_GENERATION
+    assert short(refine(start)) == AROUND_FP32 + AROUND_W8
+    start = [screened(FP32, 400), screened(W8, 500), *map(failed, by_name(AROUND_FP32[:2]))]
+    assert short(refine(start)) == AROUND_FP32[2:] + AROUND_W8
 
 
 def test_vetoed_ones_come_on_top() -> None:

@@ -141,10 +141,10 @@ class LlamaCppEngine:
         """The block format for 4-bit candidates; threads and attention for all; memory where it counts."""
         memory_counts = spec.objective == "memory" or spec.max_memory is not None
         space = [
+            *draft_dimensions(spec),
             *([_blocks(analysis.profile)] if candidate.precision == "int4" else ()),
             thread_dimension(analysis.hardware),
             _attention(analysis.profile),
-            *draft_dimensions(spec),
             *(_MEMORY_DIMENSIONS if memory_counts else ()),
         ]
         return dimensions_around(candidate, space)

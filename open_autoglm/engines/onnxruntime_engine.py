@@ -103,13 +103,13 @@ class OnnxRuntimeEngine:
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
     ) -> tuple[Dimension, ...]:
-        """What decides quality, by the scheme; threads and session options for all."""
+        """What may bring most first: drafts, what decides quality by the scheme, threads, session options."""
         memory_counts = spec.objective == "memory" or spec.max_memory is not None
         space = [
+            *draft_dimensions(spec),
             *_scheme_dimensions(candidate, analysis.hardware),
             thread_dimension(analysis.hardware),
             *_SESSION_DIMENSIONS,
-            *draft_dimensions(spec),
             *(_MEMORY_DIMENSIONS if memory_counts else ()),
         ]
         return dimensions_around(candidate, space)

@@ -10,17 +10,15 @@ import numpy as np
 from open_autoglm.schemas import Model
 
 LAST = "model.onnx"
-"""The graph that serves: logits of the last position only."""
+"""The graph; its weights lie in one file beside it."""
 
-FULL = "model_full.onnx"
-"""The same weights and kernels with logits of every position, for quality."""
+FIRST_LOGITS = "first_logits"
+"""Its input ``int64[1]``: the first of a call's positions that logits are wanted of; 0: all, -1: the last."""
+
+_PRODUCTS = ("MatMul", "Gemm")
 
 FACTS = "decoder.json"
 """What a session must know that the graph does not say."""
-
-
-_GATHER, _UNSQUEEZE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
-"""The builder's two nodes that keep only the last position."""
 
 
 class DecoderFacts(Model):
@@ -38,42 +36,34 @@ class DecoderFacts(Model):
         return cls.model_validate_json((directory / FACTS).read_bytes())
 
 
-def write_full_logits_variant(directory: Path) -> None:
-    """Write FULL beside LAST: the same graph without the gather that keeps only the last position.
+def choose_logits(directory: Path) -> None:
+    """Let the caller of LAST say which positions it wants logits of: add the input FIRST_LOGITS.
 
-    On a graph that has no such gather (its logits are complete already) the two are alike.
-    Both name the same external data file, so the variant costs kilobytes.
+    The head is the widest layer of all and serving needs its last row only, quality and drafts need more;
+    with an input one graph does for all. The rows are chosen before the head, wherever it is.
     """
     import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load(directory / LAST, load_external_data=False)
     graph = model.graph
-    pruned = {node.name: node for node in graph.node if node.name in (_GATHER, _UNSQUEEZE)}
-    if pruned:
-        gather, unsqueeze = pruned[_GATHER], pruned[_UNSQUEEZE]
-        for node in graph.node:
-            node.input[:] = [gather.input[0] if name == unsqueeze.output[0] else name for name in node.input]
-        kept = [node for node in graph.node if node.name not in pruned]
-        _drop_unused_constants(graph, pruned.values(), kept)
-        del graph.node[:]
-        graph.node.extend(kept)
-        _free_sequence_dimension(graph)
-    onnx.save(model, directory / FULL)
-
-
-def _drop_unused_constants(graph: Any, removed: Any, kept: list[Any]) -> None:
-    still_used = {name for node in kept for name in node.input}
-    unused = {name for node in removed for name in node.input} - still_used
-    initializers = [tensor for tensor in graph.initializer if tensor.name not in unused]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
-
-
-def _free_sequence_dimension(graph: Any) -> None:
-    """Logits change from [batch, 1, vocab] to [batch, sequence, vocab]; intermediate shapes are dropped."""
-    del graph.value_info[:]
+    maker = {output: node for node in graph.node for output in node.output}
+    head = maker["logits"]
+    while head.op_type not in _PRODUCTS:
+        head = maker[head.input[0]]
+    for name, value in (("end", np.iinfo(np.int64).max), ("axis", 1)):
+        graph.initializer.append(numpy_helper.from_array(np.array([value]), f"{FIRST_LOGITS}/{name}"))
+    bounds = [FIRST_LOGITS, f"{FIRST_LOGITS}/end", f"{FIRST_LOGITS}/axis"]
+    chosen = helper.make_node(
+        "Slice", [head.input[0], *bounds], [f"{FIRST_LOGITS}/hidden"], name=FIRST_LOGITS
+    )
+    graph.node.insert(list(graph.node).index(head), chosen)
+    head.input[0] = chosen.output[0]
+    graph.input.append(helper.make_tensor_value_info(FIRST_LOGITS, TensorProto.INT64, [1]))
     logits = next(output for output in graph.output if output.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
+    del graph.value_info[:]  # what lies behind the head's input has fewer rows now
+    onnx.save(model, directory / LAST)
 
 
 def load_decoder(directory: Path) -> Any:

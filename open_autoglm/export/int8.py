@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from open_autoglm.export.calibrate import Activations, calibration_windows, observe
+from open_autoglm.export.calibrate import calibration_windows, observe
 from open_autoglm.export.graph import DecoderFacts, load_decoder, save_decoder
 from open_autoglm.export.linears import Decoder, Linear
 from open_autoglm.export.quantize import weight_only
@@ -44,11 +43,11 @@ def int8_export(
     linears = [linear for linear in decoder.linears() if roles[linear.output] not in kept]
     if not linears:
         raise RuntimeError("the graph has no linear layer to compute in int8")
-    choosing = [linear for linear in linears if roles[linear.output] == "down"]
-    choosing = choosing if recipe.weight_only_down == "worst" else []
-    seen = _observe(source, decoder, linears, choosing, calibration_windows(checkpoint), facts)
-    errors = {linear.output: stream_error(decoder, linear, seen) for linear in choosing}
-    spared = worst(errors, BUDGET)
+    down = [linear for linear in linears if roles[linear.output] == "down"]
+    judged = down if recipe.weight_only_down == "worst" else []
+    values = by_source(linears).keys() | _added_to(decoder, judged)
+    seen = observe(source, sorted(values), calibration_windows(checkpoint), facts)
+    spared = worst({linear.output: stream_error(decoder, linear, seen) for linear in judged}, BUDGET)
     linears = [linear for linear in linears if linear.output not in spared]
     fixed = {
         source
@@ -60,18 +59,10 @@ def int8_export(
     save_decoder(weight_only(model, recipe), output)
 
 
-def _observe(
-    source: Path,
-    decoder: Decoder,
-    linears: list[Linear],
-    choosing: list[Linear],
-    windows: NDArray[np.int64],
-    facts: DecoderFacts,
-) -> dict[str, Activations]:
-    """What ``linears`` read, and what those to choose among are added to."""
-    added = [decoder.addition(linear.output) for linear in choosing]
-    values = {name for operands in added if operands is not None for name in operands}
-    return observe(source, sorted(values | by_source(linears).keys()), windows, facts)
+def _added_to(decoder: Decoder, linears: list[Linear]) -> set[str]:
+    """The operands of the additions that ``linears`` end in."""
+    added = [decoder.addition(linear.output) for linear in linears]
+    return {name for operands in added if operands is not None for name in operands}
 
 
 def compute_in_int8(decoder: Decoder, linears: list[Linear], fixed: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.errors import UserError
 from open_autoglm.export.graph import LAST, DecoderFacts
 from open_autoglm.planning import plan
-from open_autoglm.schemas import Candidate, ExportedModel, OptimizeSpec
+from open_autoglm.schemas import Candidate, ExportedModel, Knob, OptimizeSpec
 
 
 @pytest.mark.parametrize("value", ["no_such_module:Engine", "json:NoSuchName", "json:dumps"])
@@ -88,7 +88,8 @@ def test_start_candidates_keep_their_names() -> None:
         ("fp32", {"flash_attention": False, "arena": False}, "fp32-noflash-noarena", 32),
         ("dynamic-int8", {"threads": 4}, "dynamic-int8-t4", 8),
         ("w8a8", {"fixed_scales": False}, "w8a8-token", 8),
-        ("w8a8", {"weight_only_down": False, "threads": 1}, "w8a8-down8-t1", 8),
+        ("w8a8", {"weight_only_down": "none", "threads": 1}, "w8a8-down8-t1", 8),
+        ("w8a8", {"weight_only_down": "all", "fixed_scales": False}, "w8a8-token-wdown", 8),
     ],
 )
 def test_onnxruntime_names_what_is_not_the_default(
@@ -109,7 +110,7 @@ def test_onnxruntime_turns_what_trades_something() -> None:
         "flash_attention": (True, False),
         "draft_tokens": (0, 7),
     }
-    int8 = {"fixed_scales": (True, False), "weight_only_down": (True, False)}
+    int8 = {"fixed_scales": (True, False), "weight_only_down": ("worst", "none", "all")}
     assert space(start["onnxruntime-fp32"]) == session
     mixed = {"symmetric": (True, False), "wide": ("none", "head", "head-down")}
     assert space(start["onnxruntime-w4-b32"]) == {"block_size": (32, 16, 64, 128), **mixed, **session}
@@ -156,9 +157,13 @@ def test_session_options_share_the_files() -> None:
     assert engine.recipe(engine.variant(start, {"block_size": 64})) != recipe
     assert engine.recipe(engine.variant(start, {"accuracy_level": 0})) != recipe
     int8 = proposed("onnxruntime")["onnxruntime-w8a8"]
-    for knob in ("fixed_scales", "weight_only_down"):
-        turned = engine.variant(int8, {knob: not int8.knobs[knob]})
-        assert engine.recipe(turned) != engine.recipe(int8)
+    turned: list[dict[str, Knob]] = [
+        {"fixed_scales": False},
+        {"weight_only_down": "none"},
+        {"weight_only_down": "all"},
+    ]
+    recipes = [engine.recipe(engine.variant(int8, knobs)) for knobs in [{}, *turned]]
+    assert all(recipes.count(recipe) == 1 for recipe in recipes)
 
 
 def identity_export(directory: Path) -> ExportedModel:

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
-from open_autoglm.export import genai_route
+from open_autoglm.export import genai_route, int8
 from open_autoglm.export.calibrate import Activations, calibration_windows, observe
 from open_autoglm.export.graph import LAST, DecoderFacts, store_embedding_by_row
 from open_autoglm.export.int8 import compute_in_int8
 from open_autoglm.export.linears import Decoder
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
-from open_autoglm.export.rounding import by_source, fit
+from open_autoglm.export.rounding import by_source, fit, stream_error, worst
 from open_autoglm.export.routes import export_onnx
 from open_autoglm.schemas import Checkpoint
 
@@ -68,13 +68,30 @@ def logits(directory: Path) -> Numbers:
 @pytest.mark.parametrize("model_type", ["glm", "llama", "qwen3", "glm4"])
 def test_layers_are_known_by_what_they_compute(model_type: str, tmp_path: Path) -> None:
     """Two layers by either exporter: names and fusions differ, the roles do not. Some projections are packed:
-    one matrix or three for query, key and value, one or two for gate and up."""
+    one matrix or three for query, key and value, one or two for gate and up.
+
+    What down-projections are added to is found too, also behind GLM-4's norm of the branch: the first sum
+    is what torch hands to the second layer.
+    """
     checkpoint = load_checkpoint(str(build_checkpoint(tmp_path / "it", model_type)))
-    model = onnx.load(export(checkpoint, EXACT, tmp_path / "export") / LAST, load_external_data=False)
-    found = Counter(Decoder(model.graph).roles().values())
+    directory = export(checkpoint, EXACT, tmp_path / "export")
+    decoder = Decoder(onnx.load(directory / LAST, load_external_data=False).graph)
+    roles = decoder.roles()
+    found = Counter(roles.values())
     assert {role: found[role] for role in ("head", "output", "down")} == {"head": 1, "output": 2, "down": 2}
     assert found["attention"] in (2, 6)
     assert found["mlp"] in (2, 4)
+    down = [linear for linear in decoder.linears() if roles[linear.output] == "down"]
+    operands, last = (decoder.addition(linear.output) for linear in down)
+    assert operands is not None
+    assert last is not None
+    seen = observe(directory, operands, TOKENS[:1], DecoderFacts.read(directory))
+    summed = sum(seen[name].rows for name in operands)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model(torch.from_numpy(TOKENS[:1]), output_hidden_states=True).hidden_states[1][0].numpy()
+    rows = np.linspace(0, TOKENS.shape[1] - 1, len(summed), dtype=np.int64)
+    assert np.allclose(summed, hidden[rows], atol=1e-3)
 
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────
@@ -190,8 +207,8 @@ def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, tmp_path: P
     assert np.allclose(session.prefill(TOKENS), logits(exact)[:, -1], atol=1e-3)
 
 
-def test_fixed_scales_clip_what_is_rare() -> None:
-    """The one scale for all tokens follows the many, not the one."""
+def fixed_scale_of(rows: Numbers) -> float | None:
+    """What one layer that reads ``rows`` gets, if a fixed scale may be taken."""
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "weight"], ["logits"], name="layer")],
         "layer",
@@ -200,11 +217,86 @@ def test_fixed_scales_clip_what_is_rare() -> None:
         [numpy_helper.from_array(WEIGHT, "weight")],
     )
     decoder = Decoder(graph)
-    rows = np.random.default_rng(4).standard_normal((4096, 32)).astype(np.float32)
-    rows[0, 0] = 40
     seen = {"x": Activations(largest=np.abs(rows).max(axis=0), rows=rows)}
-    scale = fit(decoder, decoder.linears(), seen, frozenset({"x"}))["x"]
-    assert 4 < scale * 127 < 20
+    return fit(decoder, decoder.linears(), seen, frozenset({"x"})).get("x")
+
+
+def test_fixed_scales_clip_what_is_rare() -> None:
+    """The one scale for all tokens follows the many, not the one."""
+    rows = np.random.default_rng(4).uniform(-1, 1, (16384, 32)).astype(np.float32)
+    rows[0, 0] = 2
+    scale = fixed_scale_of(rows)
+    assert scale is not None
+    assert 0.9 < scale * 127 < 1.5
+
+
+def test_tokens_that_differ_in_range_keep_their_own_scales() -> None:
+    """One scale for all would have several times the error."""
+    generator = np.random.default_rng(5)
+    rows = generator.uniform(-1, 1, (1024, 32)) * generator.lognormal(0, 1, (1024, 1))
+    assert fixed_scale_of(rows.astype(np.float32)) is None
+
+
+# ── which layers are spared ──────────────────────────────────────────────────────────────────────
+
+
+def stream_graph() -> Decoder:
+    """``stream + x @ WEIGHT``: the end of a layer."""
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", None])
+        for name in ("x", "stream")
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["product"], name="layer"),
+        helper.make_node("Add", ["product", "stream"], ["logits"]),
+    ]
+    return Decoder(
+        helper.make_graph(nodes, "layer", inputs, outputs, [numpy_helper.from_array(WEIGHT, "weight")])
+    )
+
+
+def test_an_error_counts_by_the_stream_it_enters() -> None:
+    """Where the stream is ten times as large, the same error is a hundredth of it; a token that is large
+    both in branch and stream counts no more than another."""
+    decoder = stream_graph()
+    (linear,) = decoder.linears()
+    generator = np.random.default_rng(6)
+    rows = generator.standard_normal((64, 32)).astype(np.float32)
+    stream = generator.standard_normal((64, 16)).astype(np.float32) * 20
+
+    def error(rows: Numbers, stream: Numbers) -> float:
+        values = {"x": rows, "product": rows @ WEIGHT, "stream": stream}
+        seen = {
+            name: Activations(largest=np.abs(value).max(axis=0), rows=value) for name, value in values.items()
+        }
+        return stream_error(decoder, linear, seen)
+
+    usual = error(rows, stream)
+    assert 1e-6 < usual < 1e-4
+    assert 0.008 < error(rows, stream * 10) / usual < 0.015
+    sink = np.ones((64, 1), dtype=np.float32)
+    sink[0] = 1000
+    assert error(rows * sink, stream * sink) == pytest.approx(usual, rel=0.2)
+
+
+def test_an_error_is_of_the_output_itself_where_it_is_added_to_nothing() -> None:
+    """The end of a graph, or a structure that is not known: then nothing dilutes it."""
+    graph = stream_graph().graph
+    del graph.node[1]
+    graph.node[0].output[0] = "logits"
+    decoder = Decoder(graph)
+    (linear,) = decoder.linears()
+    rows = np.random.default_rng(7).standard_normal((64, 32)).astype(np.float32)
+    found = stream_error(decoder, linear, {"x": Activations(largest=np.abs(rows).max(axis=0), rows=rows)})
+    assert 1e-5 < found < 3e-4
+
+
+def test_as_few_are_spared_as_the_budget_asks_for() -> None:
+    """The largest first, whatever the order of the graph."""
+    errors = {"a": 1.0, "b": 8.0, "c": 0.5, "d": 2.0}
+    for budget, expected in ((20.0, ""), (11.0, "b"), (3.5, "b"), (3.4, "bd"), (0.0, "abcd")):
+        assert worst(errors, budget) == frozenset(expected)
 
 
 # ── the export ───────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +311,7 @@ def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Pa
             "call": export(glm, EXACT.model_copy(update={"scheme": "dynamic_int8"}), tmp_path / "call"),
             "fixed": export(glm, INT8, tmp_path / "fixed"),
             "token": export(glm, INT8.model_copy(update={"fixed_scales": False}), tmp_path / "token"),
-            "down": export(glm, INT8.model_copy(update={"weight_only_down": True}), tmp_path / "down"),
+            "down": export(glm, INT8.model_copy(update={"weight_only_down": "all"}), tmp_path / "down"),
         }.items()
     }
     assert max(error["fixed"], error["token"], error["down"]) < error["call"]
@@ -231,7 +323,7 @@ def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Pa
     # Two layers: qkv, output, gate, up and down are products; the head stays weight-only.
     assert (operators("fixed")["MatMulIntegerToFloat"], operators("fixed")["MatMulNBits"]) == (10, 1)
     assert (operators("down")["MatMulIntegerToFloat"], operators("down")["MatMulNBits"]) == (8, 3)
-    assert operators("fixed")["ReduceMax"] == 4  # qkv and down of each layer
+    assert operators("fixed")["ReduceMax"] == 6  # gate and up of each layer share a fixed scale
     assert operators("token")["ReduceMax"] == 8
 
 
@@ -253,3 +345,15 @@ def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> Non
     with torch.no_grad():
         expected = model(torch.from_numpy(TOKENS)).logits.numpy()
     assert np.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("budget", "spared"), [(0.0, 2), (1.0, 0)])
+def test_the_recipe_spares_what_exceeds_the_budget(
+    budget: float, spared: int, glm: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing may be lost, or anything: all down-projections keep 8-bit weights beside the head, or none."""
+    monkeypatch.setattr(int8, "BUDGET", budget)
+    found = export(glm, INT8.model_copy(update={"weight_only_down": "worst"}), tmp_path / "export")
+    graph = onnx.load(found / LAST, load_external_data=False).graph
+    counted = Counter(node.op_type for node in graph.node)
+    assert (counted["MatMulIntegerToFloat"], counted["MatMulNBits"]) == (10 - spared, 1 + spared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from open_autoglm.engines.contract import (
     ALL_THREADS,
@@ -22,7 +22,7 @@ from open_autoglm.engines.contract import (
 )
 from open_autoglm.engines.onnxruntime_session import GRAPH_LEVELS, SESSION_KNOBS, OnnxRuntimeSession
 from open_autoglm.export.linears import Role
-from open_autoglm.export.recipe import EXACT, OnnxRecipe
+from open_autoglm.export.recipe import EXACT, OnnxRecipe, Which
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -82,7 +82,7 @@ class OnnxRuntimeEngine:
         scales: dict[str, Knob] = {
             "scheme": "int8",
             "fixed_scales": True,
-            "weight_only_down": True,
+            "weight_only_down": "worst",
             **_RUN_KNOBS,
         }
         int8 = _candidate(
@@ -174,8 +174,8 @@ _INT8_DIMENSIONS = (
     ),
     Dimension(
         knob="weight_only_down",
-        values=(False, True),
-        because="down-projections have the widest inputs: 8-bit weights alone are slower there, and closer",
+        values=("worst", "none", "all"),
+        because="8-bit weights alone are slower than int8 products, and closer where a few inputs are huge",
     ),
 )
 
@@ -200,6 +200,10 @@ _INT4_DIMENSIONS = (
 _WIDE: Mapping[str, tuple[Role, ...]] = MappingProxyType(
     {"none": (), "head": ("head",), "head-down": ("head", "down")}
 )
+
+
+_DOWN_NAMES: Mapping[str, list[str]] = MappingProxyType({"worst": [], "none": ["down8"], "all": ["wdown"]})
+"""Of the choices of ``weight_only_down`` in ids; the first is where the search starts."""
 
 
 def _scheme_dimensions(candidate: Candidate, hardware: Hardware) -> Sequence[Dimension]:
@@ -262,7 +266,7 @@ def _id(precision: Precision, knobs: Mapping[str, Knob]) -> str:
         parts.append(names[str(knobs["scheme"])])
     if knobs["scheme"] == "int8":
         parts += [] if knobs["fixed_scales"] else ["token"]
-        parts += [] if knobs["weight_only_down"] else ["down8"]
+        parts += _DOWN_NAMES[str(knobs["weight_only_down"])]
     if knobs["threads"] != ALL_THREADS:
         parts.append(f"t{knobs['threads']}")
     if knobs["graph_level"] != "all":
@@ -295,7 +299,7 @@ def _recipe_of(candidate: Candidate) -> OnnxRecipe:
             block_size=_REST_BLOCK_SIZE,
             accuracy_level=INT8_ACTIVATIONS,
             fixed_scales=bool(knobs["fixed_scales"]),
-            weight_only_down=bool(knobs["weight_only_down"]),
+            weight_only_down=cast(Which, knobs["weight_only_down"]),
         )
     return OnnxRecipe(
         scheme="weight_only",

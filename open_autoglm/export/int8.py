@@ -19,7 +19,7 @@ from open_autoglm.export.graph import DecoderFacts, load_decoder, save_decoder
 from open_autoglm.export.linears import Decoder, Linear
 from open_autoglm.export.quantize import weight_only
 from open_autoglm.export.recipe import OnnxRecipe
-from open_autoglm.export.rounding import FIXED, by_source, fit
+from open_autoglm.export.rounding import BUDGET, FIXED, by_source, fit, stream_error, worst
 from open_autoglm.schemas import Checkpoint
 
 _ZERO_POINT = 128
@@ -33,26 +33,36 @@ def int8_export(
 ) -> None:
     """Write LAST and its data into ``output`` from the fp32 export in ``source``.
 
-    The head, and the down-projections where the recipe says so, get 8-bit weights only: the head multiplies
+    The head, and the down-projections that the recipe says, get 8-bit weights only: the head multiplies
     one token per call, and the down-projection's inputs are the hardest to round.
     """
     model = load_decoder(source)
     decoder = Decoder(model.graph)
     roles = decoder.roles()
-    kept = {"head", "down"} if recipe.weight_only_down else {"head"}
+    kept = {"head", "down"} if recipe.weight_only_down == "all" else {"head"}
     linears = [linear for linear in decoder.linears() if roles[linear.output] not in kept]
     if not linears:
         raise RuntimeError("the graph has no linear layer to compute in int8")
-    sources = by_source(linears)
+    down = [linear for linear in linears if roles[linear.output] == "down"]
+    judged = down if recipe.weight_only_down == "worst" else []
+    values = by_source(linears).keys() | _added_to(decoder, judged)
+    seen = observe(source, sorted(values), calibration_windows(checkpoint), facts)
+    spared = worst({linear.output: stream_error(decoder, linear, seen) for linear in judged}, BUDGET)
+    linears = [linear for linear in linears if linear.output not in spared]
     fixed = {
         source
-        for source, readers in sources.items()
+        for source, readers in by_source(linears).items()
         if recipe.fixed_scales and all(roles[linear.output] in FIXED for linear in readers)
     }
-    seen = observe(source, sorted(sources), calibration_windows(checkpoint), facts)
     scales = fit(decoder, linears, seen, frozenset(fixed))
     compute_in_int8(decoder, linears, scales)
     save_decoder(weight_only(model, recipe), output)
+
+
+def _added_to(decoder: Decoder, linears: list[Linear]) -> set[str]:
+    """The operands of the additions that ``linears`` end in."""
+    added = [decoder.addition(linear.output) for linear in linears]
+    return {name for operands in added if operands is not None for name in operands}
 
 
 def compute_in_int8(decoder: Decoder, linears: list[Linear], fixed: Mapping[str, float]) -> None:

@@ -25,6 +25,13 @@ _ACTIVATION = 6
 """Nodes between a gated product and the linear layers it comes from: an activation, a split, a bias."""
 
 
+_NORM = 8
+"""Nodes that a norm and a bias are made of at most, where they are not fused."""
+
+_ADDITIONS = ("Add", "SkipSimplifiedLayerNormalization")
+"""What adds a branch to the residual stream; the fused norm's first two inputs are its operands."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """One ``MatMul`` with a constant right side."""
@@ -123,6 +130,23 @@ class Decoder:
             maker = self._maker.get(operand)
             if maker is not None and maker.op_type == "MatMul" and len(self._readers[operand]) == 1:
                 return self._unshared(maker.input[1], rank=2)
+        return None
+
+    def addition(self, value: str) -> tuple[str, str] | None:
+        """The branch that ``value`` ends in and the residual stream it is added to, by their names.
+
+        A bias or a norm, fused or not, may lie between. None if nothing else is added within a few nodes.
+        """
+        branch = {value}
+        for node in self.graph.node:
+            if branch.isdisjoint(node.input):
+                continue
+            added = [name for name in node.input[:2] if name not in branch and name not in self._constants]
+            if added and node.op_type in _ADDITIONS:
+                return next(name for name in node.input[:2] if name in branch), added[0]
+            if added or len(branch) > _NORM:
+                return None
+            branch.update(filter(None, node.output))
         return None
 
     def _unshared(self, name: str, *, rank: int) -> str | None:

@@ -12,6 +12,9 @@ from open_autoglm.schemas import Model
 Scheme = Literal["fp32", "weight_only", "dynamic_int8", "int8"]
 """Exact; low-bit weights (MatMulNBits); int8 with one activation scale per call; int8 with one per token."""
 
+Which = Literal["none", "worst", "all"]
+"""Of the layers of one role: those that int8 products would cost most, as many as it takes."""
+
 
 class OnnxRecipe(Model):
     """Precision and quantisation of one ONNX export."""
@@ -23,7 +26,7 @@ class OnnxRecipe(Model):
     wide_roles: tuple[Role, ...] = Field((), description="weight_only: layers that get 8 bits instead")
     accuracy_level: int = Field(0, description="MatMulNBits arithmetic: 0 fp32, 4 int8 activations")
     fixed_scales: bool = Field(False, description="int8: one activation scale for all tokens where it does")
-    weight_only_down: bool = Field(False, description="int8: down-projections get 8-bit weights only")
+    weight_only_down: Which = Field("none", description="int8: down-projections with 8-bit weights only")
 
 
 EXACT = OnnxRecipe(scheme="fp32", weight_bits=32)

@@ -157,7 +157,7 @@ def test_a_graph_that_already_gives_every_position_stays_as_it_is(tmp_path: Path
     write_full_logits_variant(tmp_path)
     assert onnx.load(tmp_path / FULL) == onnx.load(tmp_path / LAST)
     with pytest.raises(RuntimeError, match="no MatMul"):
-        weight_only(onnx.load(tmp_path / LAST), OnnxRecipe(scheme="weight_only", weight_bits=8))
+        weight_only(onnx.load(tmp_path / LAST), tmp_path, OnnxRecipe(scheme="weight_only", weight_bits=8))
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────

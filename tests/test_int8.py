@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
 from open_autoglm.export import genai_route
 from open_autoglm.export.calibrate import Activations, calibration_windows, observe
-from open_autoglm.export.graph import LAST, DecoderFacts, store_embedding_by_row
+from open_autoglm.export.graph import LAST, DecoderFacts, load_decoder, save_decoder, store_embedding_by_row
 from open_autoglm.export.int8 import compute_in_int8
 from open_autoglm.export.linears import Decoder
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
@@ -55,6 +56,12 @@ def exact(glm: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(glm, EXACT, tmp_path_factory.mktemp("exact") / "export")
 
 
+@pytest.fixture
+def own(exact: Path, tmp_path: Path) -> Path:
+    """A copy of that export for a test that changes weights."""
+    return shutil.copytree(exact, tmp_path / "own")
+
+
 def logits(directory: Path) -> Numbers:
     session = OnnxRuntimeSession(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
     found = session.full_logits(TOKENS)
@@ -71,7 +78,7 @@ def test_layers_are_known_by_what_they_compute(model_type: str, tmp_path: Path) 
     one matrix or three for query, key and value, one or two for gate and up."""
     checkpoint = load_checkpoint(str(build_checkpoint(tmp_path / "it", model_type)))
     model = onnx.load(export(checkpoint, EXACT, tmp_path / "export") / LAST, load_external_data=False)
-    found = Counter(Decoder(model.graph).roles().values())
+    found = Counter(Decoder(model.graph, tmp_path).roles().values())
     assert {role: found[role] for role in ("head", "output", "down")} == {"head": 1, "output": 2, "down": 2}
     assert found["attention"] in (2, 6)
     assert found["mlp"] in (2, 4)
@@ -88,7 +95,7 @@ def one_layer(operators: Callable[[Decoder], None]) -> Callable[[Numbers], Numbe
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])]
     node = helper.make_node("MatMul", ["x", "weight"], ["logits"], name="layer")
     graph = helper.make_graph([node], "layer", inputs, outputs, [numpy_helper.from_array(WEIGHT, "weight")])
-    operators(Decoder(graph))
+    operators(Decoder(graph, Path()))  # what is added is small and stays in the graph
     opset = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, ir_version=10, opset_imports=opset)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -134,10 +141,9 @@ def test_a_token_of_zeros_gives_zeros(activations: Numbers) -> None:
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(broken: float, exact: Path) -> None:
+def test_weights_that_are_no_numbers_are_refused(broken: float, own: Path) -> None:
     """Bytes hold no NaN: rounded, it would be a number like any other, and the model silently wrong."""
-    model = onnx.load(exact / LAST)
-    decoder = Decoder(model.graph)
+    decoder = Decoder(load_decoder(own).graph, own)
     linear = decoder.linears()[0]
     weight = decoder.value(linear.weight).copy()
     weight[3, 4] = broken
@@ -151,8 +157,7 @@ def test_weights_that_are_no_numbers_are_refused(broken: float, exact: Path) -> 
 
 def test_calibration_sees_what_flows(glm: Checkpoint, exact: Path) -> None:
     """The largest magnitude per channel is over all tokens, so no sampled row is above it."""
-    model = onnx.load(exact / LAST)
-    sources = sorted(by_source(Decoder(model.graph).linears()[:-1]))
+    sources = sorted(by_source(Decoder(load_decoder(exact).graph, exact).linears()[:-1]))
     windows = calibration_windows(glm)
     seen = observe(exact, sources, windows, DecoderFacts.read(exact))
     assert sorted(seen) == sources
@@ -165,10 +170,10 @@ def test_calibration_sees_what_flows(glm: Checkpoint, exact: Path) -> None:
     )
 
 
-def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, tmp_path: Path) -> None:
+def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, own: Path, tmp_path: Path) -> None:
     """The scales are folded into norms and up-projections: the fp32 graph still computes the same."""
-    model = onnx.load(exact / LAST)
-    decoder = Decoder(model.graph)
+    model = load_decoder(own)
+    decoder = Decoder(model.graph, own)
     roles = decoder.roles()
     linears = [linear for linear in decoder.linears() if roles[linear.output] != "head"]
     generator = np.random.default_rng(3)
@@ -185,7 +190,7 @@ def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, tmp_path: P
         if (decoder.value(linear.weight) != before[linear.weight]).any()
     }
     assert changed == {"attention", "mlp", "down"}  # what attention makes takes no scale
-    onnx.save(model, tmp_path / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    save_decoder(model, own, tmp_path)
     DecoderFacts.read(exact).write(tmp_path)
     session = OnnxRuntimeSession(tmp_path, SessionOptions(batch_size=2, max_tokens=32, threads=1))
     assert np.allclose(session.prefill(TOKENS), logits(exact)[:, -1], atol=1e-3)
@@ -200,7 +205,7 @@ def test_fixed_scales_clip_what_is_rare() -> None:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])],
         [numpy_helper.from_array(WEIGHT, "weight")],
     )
-    decoder = Decoder(graph)
+    decoder = Decoder(graph, Path())
     rows = np.random.default_rng(4).standard_normal((4096, 32)).astype(np.float32)
     rows[0, 0] = 40
     seen = {"x": Activations(largest=np.abs(rows).max(axis=0), rows=rows)}
@@ -243,12 +248,14 @@ def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> Non
     )
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    with contextlib.redirect_stdout(io.StringIO()):
-        genai_route.export(checkpoint, tmp_path, scratch)
-    graph = onnx.load(tmp_path / LAST).graph
-    assert any(node.op_type == "Transpose" for node in graph.node)
-    store_embedding_by_row(graph)
-    assert not any(node.op_type == "Transpose" for node in graph.node)
+
+    def transposes() -> int:
+        return sum(node.op_type == "Transpose" for node in load_decoder(tmp_path).graph.node)
+
+    genai_route.build(checkpoint, tmp_path, scratch, precision="fp32")
+    assert transposes() == 1
+    store_embedding_by_row(tmp_path)
+    assert transposes() == 0
     found = logits(export(checkpoint, EXACT, tmp_path / "export"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
     with torch.no_grad():

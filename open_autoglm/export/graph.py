@@ -1,4 +1,4 @@
-"""Small passes over exported ONNX graphs; none of them touches the weights' file."""
+"""Exported ONNX graphs and small passes over them. Weights stay in a file beside the graph."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from open_autoglm.schemas import Model
 
 LAST = "model.onnx"
 """The graph that serves: logits of the last position only."""
 
+DATA = f"{LAST}.data"
+"""The weights of both graphs."""
+
 FULL = "model_full.onnx"
 """The same weights and kernels with logits of every position, for quality."""
 
 FACTS = "decoder.json"
 """What a session must know that the graph does not say."""
+
+_SMALL_BYTES = 1024
+"""Constants of up to this size are in the graph itself, where shapes are inferred from them."""
 
 
 _GATHER, _UNSQUEEZE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
@@ -77,35 +84,66 @@ def _free_sequence_dimension(graph: Any) -> None:
 
 
 def load_decoder(directory: Path) -> Any:
-    """LAST of ``directory`` with its weights, an ``onnx.ModelProto``; a tied embedding in rows of its own."""
+    """LAST of ``directory``, an ``onnx.ModelProto``; its weights stay in their file."""
     import onnx
 
-    model = onnx.load(directory / LAST)
-    store_embedding_by_row(model.graph)
-    return model
+    return onnx.load(directory / LAST, load_external_data=False)
 
 
-def save_decoder(model: Any, directory: Path) -> None:
-    """Write ``model`` as LAST of ``directory``, its weights in one file beside it."""
-    import onnx
+def save_decoder(model: Any, weights: Path, output: Path) -> None:
+    """Write ``model``, whose weights lie in ``weights``, as LAST of ``output`` with one data file beside it.
 
-    onnx.save(model, directory / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    The numbers go from file to file, a tensor at a time.
+    """
+    import onnx_ir
+
+    decoder = onnx_ir.from_proto(model)
+    onnx_ir.external_data.set_base_dir(decoder.graph, weights)
+    onnx_ir.save(decoder, output / LAST, external_data=DATA, size_threshold_bytes=_SMALL_BYTES)
 
 
-def store_embedding_by_row(graph: Any) -> None:
+def stored(name: str, array: NDArray[Any], directory: Path) -> Any:
+    """``array`` as an ``onnx.TensorProto`` of a graph in ``directory``: a large one is added to DATA there.
+
+    A protobuf message keeps the memory of all it ever held, so that a graph whose weights are replaced one
+    by one would hold both the old and the new.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    if array.nbytes <= _SMALL_BYTES:
+        return numpy_helper.from_array(array, name)
+    with (directory / DATA).open("ab") as file:
+        place = {"location": DATA, "offset": file.tell(), "length": array.nbytes}
+        file.write(np.ascontiguousarray(array).data)
+    tensor = TensorProto(
+        name=name,
+        dims=array.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+        data_location=TensorProto.EXTERNAL,
+    )
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def store_embedding_by_row(directory: Path) -> None:
     """Give a tied embedding rows of its own where the builder looks it up in the transposed head.
 
     Otherwise ONNX Runtime transposes the matrix when it loads the graph and keeps the copy in memory. Rows
     that lie in the file are mapped, and only those that are looked up are ever read.
     """
+    import onnx
     from onnx import numpy_helper
 
+    model = load_decoder(directory)
+    graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Transpose"]:
         readers = [reader for reader in graph.node if node.output[0] in reader.input]
         if node.input[0] in constants and all(reader.op_type == "Gather" for reader in readers):
-            rows = np.ascontiguousarray(numpy_helper.to_array(constants[node.input[0]]).T)
-            graph.initializer.append(numpy_helper.from_array(rows, f"{node.output[0]}/rows"))
+            rows = numpy_helper.to_array(constants[node.input[0]], str(directory)).T
+            graph.initializer.append(stored(f"{node.output[0]}/rows", rows, directory))
             for reader in readers:
                 reader.input[0] = f"{node.output[0]}/rows"
             graph.node.remove(node)
+    onnx.save(model, directory / LAST)

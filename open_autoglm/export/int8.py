@@ -37,7 +37,7 @@ def int8_export(
     one token per call, and the down-projection's inputs are the hardest to round.
     """
     model = load_decoder(source)
-    decoder = Decoder(model.graph)
+    decoder = Decoder(model.graph, source)
     roles = decoder.roles()
     kept = {"head", "down"} if recipe.weight_only_down else {"head"}
     linears = [linear for linear in decoder.linears() if roles[linear.output] not in kept]
@@ -52,7 +52,8 @@ def int8_export(
     seen = observe(source, sorted(sources), calibration_windows(checkpoint), facts)
     scales = fit(decoder, linears, seen, frozenset(fixed))
     compute_in_int8(decoder, linears, scales)
-    save_decoder(weight_only(model, recipe), output)
+    weight_only(model, source, recipe)
+    save_decoder(model, source, output)
 
 
 def compute_in_int8(decoder: Decoder, linears: list[Linear], fixed: Mapping[str, float]) -> None:

@@ -143,6 +143,10 @@ class Decoder:
         """How many nodes read a value."""
         return len(self._readers.get(value, ()))
 
+    def constant(self, name: str) -> Any:
+        """An initializer as the graph has it: a large one names its place in a file."""
+        return self._constants[name]
+
     def value(self, name: str) -> Matrix:
         """An initializer as an array, read only."""
         from onnx import numpy_helper

@@ -5,7 +5,6 @@ Each reads the exact export in ``source`` and writes LAST with one data file int
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def dynamic_int8_export(source: Path, output: Path) -> None:
     made: set[str] = set()
 
     def dynamic_int8(linear: Linear) -> list[Any]:
-        graph = _dynamic_int8(decoder, linear)
+        graph = _dynamic_int8(decoder, linear, source)
         for tensor in graph.initializer:
             decoder.add(tensor.name, numpy_helper.to_array(tensor))
         # Layers that read the same value share its rounding: the quantiser names it alike each time.
@@ -121,31 +120,23 @@ def dynamic_int8_export(source: Path, output: Path) -> None:
     save_decoder(model, source, output)
 
 
-def _dynamic_int8(decoder: Decoder, linear: Linear) -> Any:
-    """One linear layer as the quantiser writes it, a graph of its own: all at once it copies every weight."""
+def _dynamic_int8(decoder: Decoder, linear: Linear, directory: Path) -> Any:
+    """One linear layer as the quantiser writes it, a graph of its own: it copies all it is given."""
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    weight = decoder.value(linear.weight)
-    rows, columns = weight.shape
-    graph = helper.make_graph(
-        [linear.node],
-        "linear",
-        [helper.make_tensor_value_info(linear.source, TensorProto.FLOAT, ["batch", "tokens", rows])],
-        [helper.make_tensor_value_info(linear.output, TensorProto.FLOAT, ["batch", "tokens", columns])],
-        [numpy_helper.from_array(weight, linear.weight)],
+    alone, quantised = directory / "linear.onnx", directory / "linear-int8.onnx"
+    values = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in (linear.source, linear.output)
     )
+    given, made = ([value] for value in values)
+    graph = helper.make_graph([linear.node], "linear", given, made, [decoder.constant(linear.weight)])
     model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
-    helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # advises to, otherwise
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "linear.onnx"
-        quantize_dynamic(
-            model,
-            path,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            op_types_to_quantize=["MatMul"],
-            use_external_data_format=True,
-        )
-        return onnx.load(path).graph
+    helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # else it advises to
+    onnx.save(model, alone)
+    quantize_dynamic(
+        alone, quantised, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"]
+    )
+    return onnx.load(quantised).graph

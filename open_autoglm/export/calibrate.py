@@ -53,7 +53,10 @@ def observe(
 
     path = directory / "calibration.onnx"  # beside LAST: the graph names its data file without a folder
     _write_probed(directory / LAST, path, values)
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    # Weights as they lie in the file are mapped; repacked for speed they would all be in memory once more.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [name for value in values for name in (_largest(value), _rows(value))]
     rows = np.linspace(0, windows.shape[1] - 1, ROWS_PER_WINDOW, dtype=np.int64)
     seen = [session.run(names, _feeds(session, window[None], rows, facts)) for window in windows]

@@ -9,7 +9,7 @@ READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 WHEELS := $(AUTOGLM_HOME)/wheels
 
-.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth peers
+.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-speculation peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-peers: $(READY) $(DEMO)/config.json ## The newest study's champion against
 
 bench-growth: $(READY) $(DEMO)/config.json ## Time and memory over prompt, batch and layers, beside the roofline (8 minutes)
 	$(BIN)/python -m benchmarks.growth $(DEMO)
+
+bench-speculation: $(READY) $(DEMO)/config.json ## Drafts by prompt lookup, by the kind of text (4 minutes)
+	$(BIN)/python -m benchmarks.speculation $(DEMO)
 
 $(DEMO)/config.json: $(READY)
 	$(BIN)/open-autoglm demo-model $(DEMO)

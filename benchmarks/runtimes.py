@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import Field
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import SessionOptions, Tokens, threads_of
+from open_autoglm.engines.contract import SessionOptions, Tokens, draft_tokens_of, threads_of
+from open_autoglm.generation import greedy
 from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, Model
 
 Told = Callable[[], None]
@@ -57,15 +58,14 @@ class ContractRuntime:
         engine = engines.get(source.candidate.engine)
         self._session = engine.open(source.candidate, source.exported, source.options)
         self._threads = threads_of(source.candidate, source.options)
+        self._draft_tokens = draft_tokens_of(source.candidate)
 
     def generate(self, prompt: Tokens, count: int, told: Told) -> list[int]:
-        token = self._session.prefill(prompt[None]).argmax(axis=-1)
-        told()
-        tokens = [int(token[0])]
-        while len(tokens) < count:
-            token = self._session.decode(token).argmax(axis=-1)
-            told()
-            tokens.append(int(token[0]))
+        tokens: list[int] = []
+        for step in greedy(self._session, prompt[None], count, self._draft_tokens):
+            for token in step.tokens[0].tolist():
+                told()
+                tokens.append(token)
         return tokens
 
     def facts(self) -> dict[str, str]:
@@ -251,7 +251,7 @@ def prepare_onnxruntime_genai(source: Source) -> None:
     from open_autoglm.export import genai_route
 
     # Its 8-bit embedding, shared with the head, needs an operator that ONNX Runtime has for 4 bits only.
-    options = ("accuracy_level=4", "block_size=32", "shared_embeddings=false")
+    options = ("prune_lm_head=true", "accuracy_level=4", "block_size=32", "shared_embeddings=false")
     with tempfile.TemporaryDirectory(dir=source.prepared) as scratch:
         genai_route.build(
             source.checkpoint, source.prepared, Path(scratch), precision="int8", options=options

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import Session, SessionOptions
+from open_autoglm.engines.contract import Session, SessionOptions, draft_tokens_of
 from open_autoglm.errors import CheckpointError, UserError
 from open_autoglm.export.store import RECORD
 from open_autoglm.files import digest_files, digest_of, directory_atomic, sha256_file
+from open_autoglm.generation import greedy
 from open_autoglm.schemas import (
     FORMAT_VERSION,
     Bundle,
@@ -216,10 +217,12 @@ def generate(
     eos_ids: Collection[int],
     *,
     max_tokens: int,
+    draft_tokens: int = 0,
 ) -> list[str]:
     """Continue each prompt greedily, one after the other, until an end token or ``max_new_tokens``.
 
-    ``max_tokens`` is what ``session`` has room for. Every prompt is checked before the first is run.
+    ``max_tokens`` is what ``session`` has room for; ``draft_tokens`` are guessed per call, at most. Every
+    prompt is checked before the first is run.
     Raises UserError for an empty prompt or one that does not fit.
     """
     if max_new_tokens < 1:
@@ -233,19 +236,20 @@ def generate(
                 f"prompt {number} has {len(ids)} tokens and {max_new_tokens} new ones were asked for, "
                 f"but there is room for {max_tokens} together: shorten the prompt or ask for fewer"
             )
-    answers = [_continue(session, ids, max_new_tokens, eos_ids) for ids in encoded]
+    answers = [_continue(session, ids, max_new_tokens, eos_ids, draft_tokens) for ids in encoded]
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def _continue(session: Session, prompt: list[int], limit: int, eos_ids: Collection[int]) -> list[int]:
+def _continue(
+    session: Session, prompt: list[int], limit: int, eos_ids: Collection[int], draft_tokens: int
+) -> list[int]:
     """The most likely next tokens, without the end token."""
     answer: list[int] = []
-    logits = session.prefill(np.array([prompt], dtype=np.int64))
-    while (token := int(logits[0].argmax())) not in eos_ids:
-        answer.append(token)
-        if len(answer) == limit:
-            break
-        logits = session.decode(np.array([token], dtype=np.int64))
+    for step in greedy(session, np.array([prompt], dtype=np.int64), limit, draft_tokens):
+        for token in step.tokens[0].tolist():
+            if token in eos_ids:
+                return answer
+            answer.append(token)
     return answer
 
 
@@ -290,6 +294,7 @@ class BundleModel:
                 max_new_tokens,
                 self._eos_ids,
                 max_tokens=self.max_tokens,
+                draft_tokens=draft_tokens_of(self.manifest.candidate),
             )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from open_autoglm import readout
+from open_autoglm.engines.contract import draft_tokens_of
 from open_autoglm.measure.racing import TWIN_SUFFIX
 from open_autoglm.objectives import final_of
 from open_autoglm.pruning.levels import pruned_profile
@@ -179,6 +180,8 @@ def phase_shares(study: Study, trial: Trial) -> list[PhaseShare]:
     phases: dict[Phase, str] = {"prefill": "ttft_ms", "decode": "tpot_ms"}
     if spec.scenario == "server":
         del phases["prefill"]
+    if draft_tokens_of(candidate):
+        del phases["decode"]  # its bound is of one token per call
     return [
         PhaseShare(
             bound(profile, analysis.hardware, spec, phase, candidate.precision, candidate.weight_bits),

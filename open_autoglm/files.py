@@ -74,6 +74,13 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def digest_sources(package: Path, names: Iterable[str]) -> str:
+    """Of the Python source under ``package`` that lies in the files and folders ``names``."""
+    paths = [package / name for name in names]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
+    return digest_of([(str(file.relative_to(package)), sha256_file(file)) for file in files])
+
+
 @contextmanager
 def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Iterator[None]:
     """Hold a kernel file lock. Raises BlockingIOError if it is taken and ``blocking`` is false."""

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from open_autoglm.export.routes import library_versions
-from open_autoglm.files import digest_of, file_lock, sha256_file, write_atomic
+from open_autoglm.files import digest_of, digest_sources, file_lock, write_atomic
 from open_autoglm.schemas import Model
 from open_autoglm.settings import Settings
 
 Kept = TypeVar("Kept", bound=Model)
 
-_MEASURING = ("engines", "measure", "pruning", "quality", "schemas", "bracket.py", "heats.py", "trials.py")
+_MEASURING = (
+    *("engines", "measure", "pruning", "quality", "schemas"),
+    *("bracket.py", "generation.py", "heats.py", "trials.py"),
+)
 """What of our own source a result, or a pruned checkpoint, depends on."""
 
 _SESSION_LIBRARIES = ("torchao",)
@@ -74,10 +77,4 @@ def _session_versions() -> list[str]:
 @cache
 def source_digest() -> str:
     """Of the source that measures and judges: an edited installation does not trust its older figures."""
-    package = Path(__file__).parent
-    files = [file for name in _MEASURING for file in _sources(package / name)]
-    return digest_of([(str(file.relative_to(package)), sha256_file(file)) for file in files])
-
-
-def _sources(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return digest_sources(Path(__file__).parent, _MEASURING)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from open_autoglm.limits import excess
@@ -338,7 +339,8 @@ def study_link(study: Study, server: str = "") -> str | None:
 def caveats(study: Study) -> list[str]:
     """What was not measured, or too weakly to decide: the study's own list and what its figures show."""
     trials = measured(study)
-    return [*study.not_measured, *_weak_figures(trials), *_disturbances(trials), *_gaps(study)]
+    found = (_weak_figures(trials), _disturbances(trials), _gaps(study), draft_words(study))
+    return [*study.not_measured, *chain.from_iterable(found)]
 
 
 def _weak_figures(trials: Sequence[Trial]) -> Iterator[str]:
@@ -364,6 +366,22 @@ def _disturbances(trials: Sequence[Trial]) -> Iterator[str]:
             yield f"{trial.id} was disturbed in {rounds}, though they were run again: {reasons}."
         if taken.output_tokens_ratio < 1:
             yield f"{trial.id} gave only {percent(taken.output_tokens_ratio)} of the tokens asked for."
+
+
+def draft_words(study: Study) -> list[str]:
+    """How well each finalist that drafts has guessed: its TPOT holds for text that repeats itself as much."""
+    told = []
+    for trial in measured(study):
+        rounds = trial.measurements.counted if trial.measurements else ()
+        drafted = sum(sum(turn.drafted_tokens) for turn in rounds)
+        accepted = sum(sum(turn.accepted_tokens) for turn in rounds)
+        if drafted:
+            calls = sum(sum(turn.output_tokens) for turn in rounds) - accepted
+            told.append(
+                f"{trial.id} guessed {drafted} tokens, {percent(accepted / drafted, 0)} of them right: "
+                f"{(calls + accepted) / calls:.2f} tokens per call on these texts, fewer on others."
+            )
+    return told
 
 
 def _gaps(study: Study) -> Iterator[str]:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import SessionOptions, threads_of
+from open_autoglm.engines.contract import SessionOptions, draft_tokens_of, threads_of
 from open_autoglm.export.store import export_candidate
 from open_autoglm.files import file_lock
 from open_autoglm.hardware import read_memory
@@ -45,6 +46,8 @@ SLICE_WINDOWS = 1
 """Windows of each text that the screening reads; enough to see that an engine is hopeless."""
 
 SHORT_OUTPUT_TOKENS, SHORT_ROUNDS = 16, 3
+DRAFTED_OUTPUT_TOKENS = 64
+"""Drafts are right more often the longer a text is, so the first few tokens would say too little."""
 """The screening's rounds have the workload's prompts: compiled engines would compile again for others."""
 
 
@@ -215,14 +218,16 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
             quality = talk.ask("score_session", score_job(bench, reference, SLICE_WINDOWS), QualityReport)
             if not quality.finite:
                 raise Stopped(Failure("incorrect", quality.not_finite))
-            rounds = [talk.ask("timed_round", job, Round) for job in short_jobs(bench.workload)]
+            rounds = [
+                talk.ask("timed_round", job, Round) for job in short_jobs(bench.workload, trial.candidate)
+            ]
     return Screened(
         screening=Screening(
             footprint=first.footprint,
             load_ms=talk.load_ms,
             first_request_ms=first.first_request_ms,
             prompt_tokens=bench.workload.prompt_tokens,
-            output_tokens=min(SHORT_OUTPUT_TOKENS, bench.workload.output_tokens),
+            output_tokens=short_output_tokens(bench.workload, trial.candidate),
             rounds=tuple(rounds),
             estimated_e2e_ms=_estimate_e2e_ms(bench.workload, rounds),
             facts=first.facts,
@@ -231,16 +236,26 @@ def _screen(bench: Bench, trial: Trial, reference: Path, log: Path, settings: Se
     )
 
 
-def short_jobs(workload: Workload) -> list[jobs.RoundJob]:
+def short_jobs(workload: Workload, candidate: Candidate) -> list[jobs.RoundJob]:
     """Rounds with the workload's prompts and few new tokens; the session has answered a request before."""
-    output = min(SHORT_OUTPUT_TOKENS, workload.output_tokens)
+    output = short_output_tokens(workload, candidate)
     return [jobs.RoundJob(index=index, output_tokens=output) for index in range(SHORT_ROUNDS)]
 
 
+def short_output_tokens(workload: Workload, candidate: Candidate) -> int:
+    """New tokens of a short round's request."""
+    most = DRAFTED_OUTPUT_TOKENS if draft_tokens_of(candidate) else SHORT_OUTPUT_TOKENS
+    return min(most, workload.output_tokens)
+
+
 def _estimate_e2e_ms(workload: Workload, rounds: list[Round]) -> float:
-    """As if all tokens took as long as the first few: good enough to tell the hopeless."""
+    """As if all tokens took as long as the first few: good enough to tell the hopeless.
+
+    The best round has least noise. With drafts rounds differ by their texts, and the best was the luckiest.
+    """
     best = min(rounds, key=lambda r: r.e2e_ms[0])
-    return best.ttft_ms[0] + best.tpot_ms[0] * (workload.output_tokens - 1)
+    tpot_ms = fmean(r.tpot_ms[0] for r in rounds) if best.drafted_tokens else best.tpot_ms[0]
+    return best.ttft_ms[0] + tpot_ms * (workload.output_tokens - 1)
 
 
 def evaluate_trial(bench: Bench, trial: Trial, reference: Path | Failure, settings: Settings) -> Trial:

@@ -23,7 +23,15 @@ from tiny_models import VOCAB_SIZE, build_checkpoint
 
 from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
-from open_autoglm.engines.contract import ExportContext, Session, SessionOptions, Tokens
+from open_autoglm.engines.contract import (
+    DRAFT_TOKENS,
+    ExportContext,
+    Session,
+    SessionOptions,
+    Tokens,
+    Verifier,
+)
+from open_autoglm.generation import greedy
 from open_autoglm.quality.reference import NonFiniteError, continue_greedily, require_finite
 from open_autoglm.schemas import Candidate, Checkpoint, Dimension, ExportedModel, Knob, OptimizeSpec
 
@@ -36,6 +44,7 @@ CONTEXT = 512
 """The tiny models' ``max_position_embeddings``."""
 OPTIONS = SessionOptions(batch_size=ROWS, max_tokens=LENGTH, threads=1)
 TOKENS: Tokens = np.random.default_rng(1).integers(4, VOCAB_SIZE, (ROWS, LENGTH))
+ONE: Tokens = TOKENS[:1]
 OTHER: Tokens = np.random.default_rng(2).integers(4, VOCAB_SIZE, (ROWS, LENGTH))
 LONG: Tokens = np.random.default_rng(3).integers(4, VOCAB_SIZE, (1, CONTEXT + 1))
 
@@ -281,6 +290,72 @@ def test_greedy_tokens_fill_the_cache(session: Session) -> None:
     assert tokens.shape == (ROWS, count)
     again = decoded(session, np.concatenate([TOKENS[:, :PROMPT], tokens[:, :-1]], axis=1))
     np.testing.assert_array_equal(tokens, again.argmax(axis=-1))
+
+
+@pytest.fixture
+def verifier(session: Session, served: Served) -> Verifier:
+    if not isinstance(session, Verifier):
+        pytest.skip(f"sessions of {served.candidate.engine} verify no drafts")
+    return session
+
+
+def test_drafts_are_offered_where_sessions_verify_them(session: Session, served: Served) -> None:
+    """And nowhere else: a knob that the session cannot heed would be a candidate that fails."""
+    spec = OptimizeSpec(model_path="tiny")
+    engine, candidate = engines.get(served.candidate.engine), served.candidate
+    offered = {dimension.knob for dimension in engine.dimensions(candidate, demo_analysis(), spec)}
+    assert (DRAFT_TOKENS in offered) == isinstance(session, Verifier)
+
+
+def test_several_tokens_at_once_equal_one_by_one(verifier: Verifier, served: Served, truth: Truth) -> None:
+    """``float32[batch, n, vocab]`` after a prompt, in calls of any length."""
+    expected = truth(served.family)[:1, PROMPT:]
+    for sizes in ((LENGTH - PROMPT,), (2, 7, 1, 6)):
+        verifier.prefill(ONE[:, :PROMPT])
+        parts = [verifier.extend(part) for part in np.split(ONE[:, PROMPT:], np.cumsum(sizes[:-1]), axis=1)]
+        assert [part.shape for part in parts] == [(1, n, VOCAB_SIZE) for n in sizes]
+        assert_true(np.concatenate(parts, axis=1), expected, served.candidate)
+
+
+def test_what_is_rewound_never_was(verifier: Verifier) -> None:
+    """After wrong tokens were forgotten the right ones give the same bits; more than was read is refused."""
+    verifier.prefill(ONE[:, :PROMPT])
+    expected = [verifier.extend(ONE[:, PROMPT : PROMPT + 4]), verifier.decode(ONE[:, PROMPT + 4])]
+    verifier.prefill(ONE[:, :PROMPT])
+    verifier.extend(OTHER[:1, PROMPT : PROMPT + 6])
+    verifier.rewind(6)
+    verifier.rewind(0)
+    found = [verifier.extend(ONE[:, PROMPT : PROMPT + 4]), verifier.decode(ONE[:, PROMPT + 4])]
+    for before, after in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(before, after)
+    with pytest.raises(ValueError, match=str(PROMPT + 6)):
+        verifier.rewind(PROMPT + 6)
+
+
+def test_too_many_tokens_at_once_are_a_value_error(verifier: Verifier) -> None:
+    """As one too many is, and the cache is as it was."""
+    verifier.prefill(ONE[:, :PROMPT])
+    expected = verifier.extend(ONE[:, PROMPT:])
+    verifier.prefill(ONE[:, :PROMPT])
+    with pytest.raises(ValueError, match=str(LENGTH)):
+        verifier.extend(OTHER[:1, : LENGTH - PROMPT + 1])
+    np.testing.assert_array_equal(verifier.extend(ONE[:, PROMPT:]), expected)
+
+
+@pytest.mark.usefixtures("verifier")
+def test_no_token_depends_on_the_drafts(served: Served) -> None:
+    """A prompt that says everything twice, to its last place in the cache: however much is guessed, the
+    tokens are the same, since no call reads one row only; in fp32 they are those without drafts."""
+    prompt = np.tile(ONE[:, :8], 4)
+    with served.opened(batch_size=1, max_tokens=prompt.shape[1] + 24) as alone:
+        answers = {
+            drafts: np.concatenate([step.tokens for step in greedy(alone, prompt, 24, drafts)], axis=1)
+            for drafts in (0, 1, 3, 7)
+        }
+    np.testing.assert_array_equal(answers[3], answers[1])
+    np.testing.assert_array_equal(answers[7], answers[1])
+    if served.candidate.precision == "fp32":
+        np.testing.assert_array_equal(answers[1], answers[0])
 
 
 def test_a_full_cache_is_a_value_error(served: Served) -> None:

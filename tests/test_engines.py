@@ -107,6 +107,7 @@ def test_onnxruntime_turns_what_trades_something() -> None:
         "graph_level": ("all", "basic"),
         "allow_spinning": (True, False),
         "flash_attention": (True, False),
+        "draft_tokens": (0, 7),
     }
     int8 = {"fixed_scales": (True, False), "weight_only_down": (True, False)}
     assert space(start["onnxruntime-fp32"]) == session
@@ -125,6 +126,15 @@ def test_onnxruntime_leaves_out_what_cannot_help_here() -> None:
     assert space(start, cores=16)["threads"] == ("all", 8)
     for spec in ({"max_memory": "1GiB"}, {"objective": "memory"}):
         assert {"memory_pattern", "arena"} <= set(space(start, OptimizeSpec(model_path="x", **spec)))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"batch_size": 2}, {"objective": "ttft"}, {"objective": "ttft_p95"}, {"objective": "memory"}]
+)
+def test_drafts_are_not_tried_where_they_cannot_help(asked: dict[str, Any]) -> None:
+    """A batch would advance raggedly, and neither the first token nor memory gains by them."""
+    start = proposed("onnxruntime")["onnxruntime-w8-b32"]
+    assert "draft_tokens" not in space(start, OptimizeSpec(model_path="x", **asked))
 
 
 def test_int8_products_are_vetoed_where_they_overflow() -> None:

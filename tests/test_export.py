@@ -19,10 +19,10 @@ from tiny_models import VOCAB_SIZE, build_checkpoint
 
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, SessionOptions
-from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
+from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
 from open_autoglm.errors import UserError
 from open_autoglm.export import genai_route, routes
-from open_autoglm.export.graph import FULL, LAST, write_full_logits_variant
+from open_autoglm.export.graph import FIRST_LOGITS, LAST, DecoderFacts, choose_logits
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import small_config, traits
 from open_autoglm.export.quantize import weight_only
@@ -126,27 +126,62 @@ def test_each_family_is_exported_by_its_route_and_equals_torch(
         np.testing.assert_allclose(found, expected[:, position], atol=1e-3)
 
 
-def test_an_export_holds_two_graphs_over_one_set_of_weights(
+def test_an_export_is_one_graph_that_gives_the_logits_asked_for(
     family: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
-    """The graph for quality costs kilobytes, names the same data, and gives logits of every position."""
-    import onnx
+    """Serving computes the head for one row, quality for all, drafts for the last few."""
+    import onnxruntime as ort
 
     _, output = export(family("glm"), FP32, tmp_path)
-    assert {file.name for file in output.iterdir()} == {LAST, f"{LAST}.data", FULL, "decoder.json"}
-    assert external_data_names(output / LAST) == external_data_names(output / FULL) == {f"{LAST}.data"}
-    assert (output / FULL).stat().st_size < 100_000
+    assert {file.name for file in output.iterdir()} == {LAST, f"{LAST}.data", "decoder.json"}
+    assert external_data_names(output / LAST) == {f"{LAST}.data"}
 
-    def positions(name: str) -> Any:
-        graph = onnx.load(output / name, load_external_data=False).graph
-        return next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[1]
+    session = ort.InferenceSession(output / LAST)
+    facts = DecoderFacts.read(output)
+    empty = np.zeros((2, facts.kv_heads, 0, facts.head_dim), dtype=np.float32)
+    known = {
+        "input_ids": TOKENS,
+        "attention_mask": np.ones_like(TOKENS),
+        "position_ids": np.tile(np.arange(TOKENS.shape[1]), (2, 1)),
+    }
 
-    assert positions(LAST).dim_value == 1
-    assert positions(FULL).dim_param == "sequence_length"
+    def logits(first: int) -> NDArray[np.float32]:
+        known[FIRST_LOGITS] = np.array([first])
+        feeds = {given.name: known.get(given.name, empty) for given in session.get_inputs()}
+        found: NDArray[np.float32] = session.run(["logits"], feeds)[0]
+        return found
+
+    everything = logits(0)
+    assert everything.shape[:2] == TOKENS.shape
+    for first in (-1, -3, 5):
+        np.testing.assert_allclose(logits(first), everything[:, first:], atol=1e-5)
 
 
-def test_a_graph_that_already_gives_every_position_stays_as_it_is(tmp_path: Path) -> None:
-    """The other route's graphs have no gather to remove."""
+def test_logits_are_chosen_before_the_head_wherever_it_is(tmp_path: Path) -> None:
+    """Exporters put a bias, a scale or a cast behind the product; the rows are chosen before it."""
+    import onnx
+    from onnx import TensorProto, helper
+    from onnx.reference import ReferenceEvaluator
+
+    hidden = helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["batch", "sequence", 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 8])
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [8, 8], np.eye(8).ravel())
+    nodes = [
+        helper.make_node("MatMul", ["hidden", "weight"], ["product"]),
+        helper.make_node("Tanh", ["product"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [hidden], [logits], [weight])
+    onnx.save(helper.make_model(graph), tmp_path / LAST)
+    choose_logits(tmp_path)
+    model = onnx.load(tmp_path / LAST)
+    assert [node.op_type for node in model.graph.node] == ["Slice", "MatMul", "Tanh"]
+    values = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    (found,) = ReferenceEvaluator(model).run(None, {"hidden": values, FIRST_LOGITS: np.array([-2])})
+    np.testing.assert_allclose(found, np.tanh(values[:, -2:]), atol=1e-6)
+
+
+def test_a_graph_with_nothing_to_quantise_is_refused(tmp_path: Path) -> None:
+    """The candidate would be fp32 under another name."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -154,8 +189,6 @@ def test_a_graph_that_already_gives_every_position_stays_as_it_is(tmp_path: Path
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 8])
     graph = helper.make_graph([helper.make_node("Relu", ["input_ids"], ["logits"])], "g", [ids], [logits])
     onnx.save(helper.make_model(graph), tmp_path / LAST)
-    write_full_logits_variant(tmp_path)
-    assert onnx.load(tmp_path / FULL) == onnx.load(tmp_path / LAST)
     with pytest.raises(RuntimeError, match="no MatMul"):
         weight_only(onnx.load(tmp_path / LAST), tmp_path, OnnxRecipe(scheme="weight_only", weight_bits=8))
 

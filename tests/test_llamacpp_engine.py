@@ -121,7 +121,8 @@ def test_what_cannot_be_written_is_vetoed() -> None:
 
 def test_only_what_trades_something_is_turned() -> None:
     """Block formats at 4 bits, blocks only of a size that fits, memory where it counts."""
-    session = {"threads": ("all", 1), "attention": ("flash", "flash-q8", "plain")}
+    session: dict[str, Any] = {"threads": ("all", 1), "attention": ("flash", "flash-q8", "plain")}
+    session["draft_tokens"] = (0, 7)
     assert space("llamacpp-q8-0") == session
     assert space("llamacpp-q4-0") == {"file_type": ("Q4_0", "Q4_1", "IQ4_NL"), **session}
     assert space("llamacpp-q4-0", hidden_size=4096)["file_type"] == ("Q4_0", "Q4_1", "IQ4_NL", "Q4_K_M")

@@ -446,3 +446,57 @@ def test_log_probs_do_not_overflow() -> None:
     ids = np.array([[0, 1, 2]])
     expected = log_softmax(np.array([[0.0, 1.0, -2.0]], dtype=np.float32))
     assert log_probs_of(logits, ids) == pytest.approx(expected, rel=1e-6)
+
+
+# ── drafts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass
+class VerifyingSession(TableSession):
+    """The same with means to verify drafts, by a table of its own."""
+
+    verify_table: Logits | None = None
+
+    def extend(self, tokens: Tokens) -> Logits:
+        rows, length = self.cached
+        assert rows == len(tokens) == 1
+        assert tokens.shape[1] > 1, "kernels for one row are others"
+        self._require_room(rows, length + tokens.shape[1])
+        self.cached = (rows, length + tokens.shape[1])
+        return (self.table if self.verify_table is None else self.verify_table)[tokens]
+
+    def rewind(self, tokens: int) -> None:
+        rows, length = self.cached
+        assert 0 <= tokens <= length
+        self.cached = (rows, length - tokens)
+
+
+def test_with_drafts_decoding_is_judged_as_it_is_done(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """By the call that verifies drafts: `decode` is not called by such a candidate and may say anything."""
+    nonsense = np.random.default_rng(5).normal(0, 2, table.shape).astype(np.float32)
+    exact = score(VerifyingSession(table, decode_table=nonsense), evaluation_set, reference, draft_tokens=7)
+    assert exact.ratio == pytest.approx(1, abs=1e-5)
+    assert exact.decode.tokens >= LAYOUT.decode_tokens * len(TEXTS)
+    assert exact.decode.tokens % LAYOUT.decode_tokens == 0
+    assert exact.greedy_same_tokens == exact.draft_same_tokens == (LAYOUT.greedy_tokens,) * len(TEXTS)
+    wrong = score(VerifyingSession(table, verify_table=nonsense), evaluation_set, reference, draft_tokens=7)
+    assert wrong.worse_path == "decode"
+    assert wrong.ratio < 0.5
+    assert score(TableSession(table), evaluation_set, reference).draft_same_tokens is None
+
+
+def test_not_finite_while_verifying_is_located(
+    table: Logits, evaluation_set: EvaluationSet, reference: Path, tokens: Tokens
+) -> None:
+    """The position within a call of several."""
+    at = LAYOUT.prompt_tokens + 5
+    broken = table.copy()
+    broken[tokens[0, 0, at]] = np.nan
+    report = score(VerifyingSession(table, verify_table=broken), evaluation_set, reference, draft_tokens=3)
+    assert not report.finite
+    assert report.draft_same_tokens is None
+    first = int(np.flatnonzero(tokens[0, 0, LAYOUT.prompt_tokens :] == tokens[0, 0, at])[0])
+    place = Place(text=TEXTS[0], window=0, position=LAYOUT.prompt_tokens + first)
+    assert str(place) in report.not_finite

@@ -73,6 +73,16 @@ class ScriptedSession:
     def close(self) -> None: ...
 
 
+class VerifyingSession(ScriptedSession):
+    """It takes 1 ms more for each token beyond the first."""
+
+    def extend(self, tokens: Tokens) -> Logits:
+        self._clock.now += (9 + tokens.shape[1]) / 1e3
+        return np.eye(VOCAB, dtype=np.float32)[(tokens + 1) % VOCAB]
+
+    def rewind(self, tokens: int) -> None: ...
+
+
 class Meter:
     """Reads what it is told, without a host."""
 
@@ -120,6 +130,22 @@ def make_workload_of(scenario: Scenario, batch_size: int = 1, **changes: object)
 
 
 # ── one round ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tokens_of_one_call_are_known_at_one_time() -> None:
+    """With drafts: TPOT is the time after the first token over the tokens; what was guessed is kept."""
+    clock = Clock()
+    counting = np.arange(20)[None] % VOCAB  # each token follows the one before, so every draft is right
+    session = VerifyingSession(clock)
+    turn = run_round(session, [Request(counting, 8)], 0, Meter, clock, clock.sleep, draft_tokens=3)
+    assert turn.output_tokens == (8,)
+    # The first token by the prompt, then 1 + 2, 1 + 3 of 4 that were left.
+    assert turn.drafted_tokens == (5,)
+    assert turn.accepted_tokens == (5,)
+    assert turn.token_ms == (pytest.approx((12, 0, 0, 13, 0, 0, 0)),)
+    assert turn.tpot_ms == pytest.approx((25 / 7,))
+    plain = run_round(ScriptedSession(clock), [Request(counting, 8)], 0, Meter, clock, clock.sleep)
+    assert plain.drafted_tokens == plain.accepted_tokens == ()
 
 
 def test_a_single_request_is_timed_token_by_token() -> None:

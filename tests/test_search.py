@@ -36,7 +36,7 @@ from open_autoglm.search import (
 from open_autoglm.units import ByteSize
 
 ANALYSIS = demo_analysis()
-SPEC = OptimizeSpec(model_path="here")
+SPEC = OptimizeSpec(model_path="here", batch_size=2)  # for a batch there are no drafts to list
 START = {candidate.id: candidate for candidate in plan(ANALYSIS, SPEC, "cpu")}
 W8, W4 = START["onnxruntime-w8-b32"], START["onnxruntime-w4-b32"]
 FP32, TORCH = START["onnxruntime-fp32"], START["torch-bf16"]
@@ -151,7 +151,7 @@ def test_neighbours_differ_in_one_knob() -> None:
 
 def test_a_neighbour_that_cannot_fit_is_vetoed_and_listed() -> None:
     """Smaller blocks have more scales: 10 bits do not fit where 9 do."""
-    tight = OptimizeSpec(model_path="here", max_memory="224MiB")
+    tight = OptimizeSpec(model_path="here", batch_size=2, max_memory="236MiB")
     found = {c.id: c.vetoed_because for c in neighbours(W8, {W8.id}, ANALYSIS, tight)}
     assert "cannot meet max_memory" in (found["onnxruntime-w8-b16"] or "")
     assert found["onnxruntime-w8-b64"] is None
@@ -229,7 +229,7 @@ def test_a_generation_is_limited() -> None:
 def test_vetoed_ones_come_on_top() -> None:
     """They cost nothing and are listed, so that nobody wonders."""
     start = [screened(c, peak_rss_bytes=1) for c in (W8, W4)]
-    found = refine(start, max_memory=ByteSize("224MiB"))
+    found = refine(start, max_memory=ByteSize("236MiB"))
     assert len(found) == MOST_PER_GENERATION + 1
     assert [c.id for c in found if c.vetoed_because] == [found[-1].id] == ["onnxruntime-w8-b16"]
 
@@ -329,7 +329,7 @@ def test_each_objective_ranks_by_its_own_figure() -> None:
 
 def test_out_is_what_gave_no_figures_or_clearly_misses_a_limit() -> None:
     """The reason of a trial that failed, the quality kept, the memory taken."""
-    limited = OptimizeSpec(model_path="here", max_memory="256MiB")
+    limited = OptimizeSpec(model_path="here", batch_size=2, max_memory="256MiB")
     assert why_out(failed(W8), SPEC) == "screening: SIGSEGV"
     assert why_out(screened(W4, kept=quality(0.76)), SPEC) == (
         "keeps 76.0% of the quality, clearly less than 99.0%"

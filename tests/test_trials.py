@@ -147,8 +147,11 @@ def test_a_screened_trial_is_kept_in_its_study(bench: Bench, screened: dict[str,
 def test_short_rounds_are_no_longer_than_the_workload(bench: Bench) -> None:
     """A long answer is cut, a short one stays; the prompts are the workload's own."""
     longer = bench.workload.model_copy(update={"output_tokens": 500})
-    assert {job.output_tokens for job in short_jobs(longer)} == {16}
-    assert {job.output_tokens for job in short_jobs(bench.workload)} == {8}
+    plain = real_candidate("onnxruntime-fp32")
+    drafting = plain.model_copy(update={"knobs": {**plain.knobs, "draft_tokens": 7}})
+    assert {job.output_tokens for job in short_jobs(longer, drafting)} == {64}
+    assert {job.output_tokens for job in short_jobs(longer, plain)} == {16}
+    assert {job.output_tokens for job in short_jobs(bench.workload, plain)} == {8}
 
 
 # ── what is kept ─────────────────────────────────────────────────────────────────────────────────

@@ -101,6 +101,8 @@ def _confidence(study: Study) -> list[tuple[str, str]]:
     """The noise floor, how each stage ended, and what was not measured anew."""
     told = [("Noise", evidence.noise_words(study))] if study.races else []
     told += [(race.stage.capitalize(), evidence.race_words(race)) for race in study.races]
+    if drafts := readout.draft_words(study):
+        told.append(("Drafts", "\n".join(drafts)))
     if reused := evidence.reuse_words(study):
         told.append(("Reused", "\n".join(reused)))
     if any(trial.screening and not trial.metrics for trial in study.trials):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -70,6 +71,23 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the runtime's memory. The session is not used again."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Session, Protocol):
+    """A session that can also read several tokens in one call and forget some again, so that drafts can be
+    verified (:mod:`open_autoglm.generation`). An engine whose sessions are such offers `draft_dimension`."""
+
+    def extend(self, tokens: Tokens) -> Logits:
+        """Append ``int64[1, n]`` to the cache of one prompt; logits of each, ``float32[1, n, vocab]``.
+
+        Raises ValueError when the cache is full.
+        """
+        ...
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens. Raises ValueError if it has not read so many."""
         ...
 
 
@@ -152,6 +170,25 @@ def thread_dimension(hardware: Hardware) -> Dimension:
         values=(ALL_THREADS, *half),
         because="decode waits for memory, and threads that share a core may wait for each other",
     )
+
+
+DRAFT_TOKENS = "draft_tokens"
+"""Knob: tokens guessed and verified per decoding call, at most; 0 decodes one by one."""
+
+NO_DRAFTS: Mapping[str, Knob] = MappingProxyType({DRAFT_TOKENS: 0})
+
+
+def draft_tokens_of(candidate: Candidate) -> int:
+    """How many tokens a generation by ``candidate`` drafts at most; 0 for an engine without the knob."""
+    return int(candidate.knobs.get(DRAFT_TOKENS, 0))
+
+
+def draft_dimensions(spec: OptimizeSpec) -> tuple[Dimension, ...]:
+    """Drafts or none, where decoding counts and one prompt is answered at a time."""
+    if spec.batch_size > 1 or spec.objective in ("ttft", "ttft_p95", "memory"):
+        return ()
+    because = "text that repeats itself is guessed right, and several tokens cost little more than one"
+    return (Dimension(knob=DRAFT_TOKENS, values=(0, 7), because=because),)
 
 
 def dimensions_around(candidate: Candidate, space: Sequence[Dimension]) -> tuple[Dimension, ...]:

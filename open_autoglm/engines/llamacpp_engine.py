@@ -17,6 +17,8 @@ import numpy as np
 
 from open_autoglm.engines.contract import (
     ALL_THREADS,
+    DRAFT_TOKENS,
+    NO_DRAFTS,
     ExportContext,
     Logits,
     Session,
@@ -24,6 +26,7 @@ from open_autoglm.engines.contract import (
     Tokens,
     because_of,
     dimensions_around,
+    draft_dimensions,
     thread_dimension,
     threads_of,
 )
@@ -122,7 +125,7 @@ class LlamaCppEngine:
         native = not {"avx512_bf16", "amx_bf16"}.isdisjoint(analysis.hardware.isa)
         sixteen = "this CPU computes bf16 natively" if native else "converted on the way to fp32 arithmetic"
         proposed = [
-            _candidate(file_type, SESSION_KNOBS, because)
+            _candidate(file_type, {**SESSION_KNOBS, **NO_DRAFTS}, because)
             for file_type, because in (
                 ("BF16" if native else "F16", f"half the bytes of fp32; {sixteen}"),
                 ("Q8_0", "8-bit weights with a scale for 32: decode reads little over a quarter of fp32"),
@@ -141,6 +144,7 @@ class LlamaCppEngine:
             *([_blocks(analysis.profile)] if candidate.precision == "int4" else ()),
             thread_dimension(analysis.hardware),
             _attention(analysis.profile),
+            *draft_dimensions(spec),
             *(_MEMORY_DIMENSIONS if memory_counts else ()),
         ]
         return dimensions_around(candidate, space)
@@ -225,6 +229,8 @@ def _id(file_type: str, knobs: Mapping[str, Knob]) -> str:
         parts.append(f"u{knobs['ubatch']}")
     if not knobs["mmap"]:
         parts.append("nommap")
+    if knobs[DRAFT_TOKENS]:
+        parts.append(f"draft{knobs[DRAFT_TOKENS]}")
     return "-".join(parts)
 
 
@@ -288,6 +294,15 @@ class LlamaCppSession:
     def full_logits(self, tokens: Tokens) -> Logits:
         self._reset(len(tokens))
         return self._run(tokens, every=True)
+
+    def extend(self, tokens: Tokens) -> Logits:
+        return self._run(tokens, every=True)
+
+    def rewind(self, tokens: int) -> None:
+        if not 0 <= tokens <= self._length:
+            raise ValueError(f"{self._length} tokens were read, {tokens} cannot be forgotten")
+        self._length -= tokens
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, self._length, -1)
 
     def _reset(self, rows: int) -> None:
         if rows > self._options.batch_size:

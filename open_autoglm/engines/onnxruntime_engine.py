@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from open_autoglm.engines.contract import (
     ALL_THREADS,
+    DRAFT_TOKENS,
+    NO_DRAFTS,
     ExportContext,
-    Logits,
     Session,
     SessionOptions,
-    Tokens,
     because_of,
     dimensions_around,
+    draft_dimensions,
     thread_dimension,
     threads_of,
 )
+from open_autoglm.engines.onnxruntime_session import GRAPH_LEVELS, SESSION_KNOBS, OnnxRuntimeSession
 from open_autoglm.export.linears import Role
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.schemas import (
@@ -47,17 +45,8 @@ _BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 4}
 INT8_ACTIVATIONS = 4
 """The accuracy level of MatMulNBits that rounds activations to int8; 0 keeps them in fp32."""
 
-SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
-    {
-        "threads": ALL_THREADS,
-        "graph_level": "all",
-        "allow_spinning": True,
-        "flash_attention": True,
-        "memory_pattern": True,
-        "arena": True,
-    }
-)
-"""What only the session heeds, at ONNX Runtime's own defaults: no such knob changes an exported file."""
+_RUN_KNOBS: Mapping[str, Knob] = MappingProxyType({**SESSION_KNOBS, **NO_DRAFTS})
+"""None of these changes an exported file."""
 
 
 class OnnxRuntimeEngine:
@@ -87,23 +76,23 @@ class OnnxRuntimeEngine:
             "scheme": "weight_only",
             "block_size": 32,
             "accuracy_level": INT8_ACTIVATIONS,
-            **SESSION_KNOBS,
+            **_RUN_KNOBS,
         }
         mixed: dict[str, Knob] = {**blocks, "symmetric": True, "wide": "none"}
         scales: dict[str, Knob] = {
             "scheme": "int8",
             "fixed_scales": True,
             "weight_only_down": True,
-            **SESSION_KNOBS,
+            **_RUN_KNOBS,
         }
         int8 = _candidate(
             "int8", scales, "int8 products, scales by calibration: prefill is bound by arithmetic"
         )
         return [
-            _candidate("fp32", {"scheme": "fp32", **SESSION_KNOBS}, "fused graph, in-place KV cache, exact"),
+            _candidate("fp32", {"scheme": "fp32", **_RUN_KNOBS}, "fused graph, in-place KV cache, exact"),
             _candidate(
                 "int8",
-                {"scheme": "dynamic_int8", **SESSION_KNOBS},
+                {"scheme": "dynamic_int8", **_RUN_KNOBS},
                 f"int8 weights and activations; this CPU {hope}",
             ),
             int8 if vnni else int8.vetoed(_SATURATES),
@@ -120,6 +109,7 @@ class OnnxRuntimeEngine:
             *_scheme_dimensions(candidate, analysis.hardware),
             thread_dimension(analysis.hardware),
             *_SESSION_DIMENSIONS,
+            *draft_dimensions(spec),
             *(_MEMORY_DIMENSIONS if memory_counts else ()),
         ]
         return dimensions_around(candidate, space)
@@ -145,13 +135,10 @@ class OnnxRuntimeEngine:
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────
 
-_GRAPH_LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC"}
-"""Between the two is "extended", which leaves the same graph as "all": layouts are for convolutions."""
-
 _SESSION_DIMENSIONS = (
     Dimension(
         knob="graph_level",
-        values=tuple(_GRAPH_LEVELS),
+        values=tuple(GRAPH_LEVELS),
         because="fusion at load time saves dispatches, though a fused kernel may be the slower one",
     ),
     Dimension(
@@ -287,6 +274,7 @@ def _id(precision: Precision, knobs: Mapping[str, Knob]) -> str:
         "arena": "noarena",
     }
     parts += [name for knob, name in switched_off.items() if not knobs[knob]]
+    parts += [f"draft{knobs[DRAFT_TOKENS]}"] if knobs[DRAFT_TOKENS] else []
     return "-".join(parts)
 
 
@@ -326,133 +314,3 @@ def _installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-_SPINNING = "session.intra_op.allow_spinning"
-_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-"""Read from the environment by each GroupQueryAttention when its session is made; there is no option."""
-
-
-class OnnxRuntimeSession:
-    """A decoder graph and its KV cache.
-
-    Where the graph allows it (GroupQueryAttention), past and present are one pre-allocated buffer of
-    ``float32[batch, kv_heads, max_tokens, head_dim]``, and the length of the attention mask says how much
-    of it is valid. Otherwise past grows by concatenation.
-    """
-
-    def __init__(
-        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
-    ) -> None:
-        from open_autoglm.export.graph import LAST, DecoderFacts
-
-        self._facts = DecoderFacts.read(directory)
-        self._shared_buffer = self._facts.kv_cache == "in_place"
-        self._directory = directory
-        self._options = options
-        self._knobs = {**SESSION_KNOBS, **knobs}
-        self._session = self._load(directory / LAST)
-        self._past_names = [
-            i.name for i in self._session.get_inputs() if i.name.startswith("past_key_values")
-        ]
-        self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
-        self._cache: list[Any] = []
-        self._rows = 0
-        self._length = 0
-        self._full: Any = None
-
-    def _load(self, path: Path) -> Any:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._options.threads
-        options.inter_op_num_threads = 1
-        level = _GRAPH_LEVELS[str(self._knobs["graph_level"])]
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-        options.enable_mem_pattern = bool(self._knobs["memory_pattern"])
-        options.enable_cpu_mem_arena = bool(self._knobs["arena"])
-        options.add_session_config_entry(_SPINNING, "1" if self._knobs["allow_spinning"] else "0")
-        os.environ[_NO_FLASH] = "0" if self._knobs["flash_attention"] else "1"
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.disable_fallback()
-        return session
-
-    def prefill(self, tokens: Tokens) -> Logits:
-        self._reset(len(tokens))
-        return self._run(self._session, tokens)[:, -1]
-
-    def decode(self, tokens: Tokens) -> Logits:
-        return self._run(self._session, tokens[:, None])[:, -1]
-
-    def full_logits(self, tokens: Tokens) -> Logits:
-        from open_autoglm.export.graph import FULL
-
-        if self._full is None:
-            self._full = self._load(self._directory / FULL)
-        self._reset(len(tokens))
-        return self._run(self._full, tokens)
-
-    def _reset(self, rows: int) -> None:
-        import onnxruntime as ort
-
-        if rows > self._options.batch_size:
-            raise ValueError(f"batch of {rows} in a session opened for {self._options.batch_size}")
-        self._length = 0
-        if rows == self._rows and self._shared_buffer:
-            return  # stale contents lie beyond the mask
-        self._rows = rows
-        length = self._options.max_tokens if self._shared_buffer else 0
-        shape = (rows, self._facts.kv_heads, length, self._facts.head_dim)
-        # An OrtValue made from an array shares its memory: every layer needs an array of its own.
-        self._cache = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32)) for _ in self._past_names
-        ]
-
-    def _run(self, session: Any, tokens: Tokens) -> Logits:
-        length = self._length + tokens.shape[1]
-        if length > self._options.max_tokens:
-            raise ValueError(f"the cache holds {self._options.max_tokens} tokens, {length} were asked for")
-        binding = session.io_binding()
-        feeds = {
-            "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
-            "attention_mask": np.ones((len(tokens), length), dtype=np.int64),
-            "position_ids": np.tile(np.arange(self._length, length, dtype=np.int64), (len(tokens), 1)),
-        }
-        for graph_input in session.get_inputs():
-            if graph_input.name in feeds:
-                binding.bind_cpu_input(graph_input.name, feeds[graph_input.name])
-        for name, value in zip(self._past_names, self._cache, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name, value in zip(self._present_names, self._cache, strict=True):
-            if self._shared_buffer:
-                binding.bind_ortvalue_output(name, value)
-            else:
-                binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        if not self._shared_buffer:
-            self._cache = present
-        self._length = length
-        result: Logits = logits.numpy()
-        return result
-
-    def facts(self) -> dict[str, str]:
-        import onnxruntime as ort
-
-        options = self._session.get_session_options()
-        return {
-            "onnxruntime": ort.__version__,
-            "providers": ",".join(self._session.get_providers()),
-            "threads": str(options.intra_op_num_threads),
-            "graph_level": options.graph_optimization_level.name.removeprefix("ORT_ENABLE_").lower(),
-            "spinning": {"1": "allowed", "0": "off"}[options.get_session_config_entry(_SPINNING)],
-            "flash_attention": "on" if self._knobs["flash_attention"] else "off",
-            "memory_pattern": "planned" if options.enable_mem_pattern else "off",
-            "arena": "on" if options.enable_cpu_mem_arena else "off",
-            "kv_cache": self._facts.kv_cache,
-        }
-
-    def close(self) -> None:
-        self._session = self._full = None
-        self._cache = []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from open_autoglm.export.graph import LAST, DecoderFacts
+from open_autoglm.export.graph import FIRST_LOGITS, LAST, DecoderFacts
 from open_autoglm.quality import texts
 from open_autoglm.schemas import Checkpoint
 
@@ -114,6 +114,7 @@ def _feeds(session: Any, tokens: NDArray[np.int64], rows: NDArray[np.int64], fac
         "attention_mask": np.ones((1, length), dtype=np.int64),
         "position_ids": np.arange(length, dtype=np.int64)[None],
         _ROWS: rows,
+        FIRST_LOGITS: np.array([-1]),
     }
     empty = np.zeros((1, facts.kv_heads, 0, facts.head_dim), dtype=np.float32)
     return {given.name: known.get(given.name, empty) for given in session.get_inputs()}

@@ -37,7 +37,7 @@ def supports(model_type: str) -> str | None:
 
 
 def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
-    """Write ``model.onnx`` (logits of the last position only) and its data file into ``output``.
+    """Write ``model.onnx`` (logits of every position) and its data file into ``output``.
 
     ``scratch`` is an empty directory for temporary files. Raises whatever the builder raises.
     """
@@ -55,7 +55,7 @@ def build(
     remote = f"hf_remote={str(checkpoint.trust_remote_code).lower()}"
     arguments = (str(source), str(source), str(output), precision, "cpu", str(scratch / "cache"))
     with _glm_in_place_of_llama(checkpoint.model_type), contextlib.redirect_stdout(io.StringIO()):
-        extra = builder.parse_extra_options(*arguments, ["prune_lm_head=true", remote, *options])
+        extra = builder.parse_extra_options(*arguments, [remote, *options])
         builder.create_model(*arguments, **extra)
     gc.collect()  # the builder's graph refers to itself, and to the mapped weights of the torch model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,23 +12,21 @@ from numpy.typing import NDArray
 from open_autoglm.schemas import Model
 
 LAST = "model.onnx"
-"""The graph that serves: logits of the last position only."""
+"""The graph; its weights lie in one file beside it."""
+
+FIRST_LOGITS = "first_logits"
+"""Its input ``int64[1]``: the first of a call's positions that logits are wanted of; 0: all, -1: the last."""
+
+_PRODUCTS = ("MatMul", "Gemm")
 
 DATA = f"{LAST}.data"
-"""The weights of both graphs."""
-
-FULL = "model_full.onnx"
-"""The same weights and kernels with logits of every position, for quality."""
+"""The weights of LAST."""
 
 FACTS = "decoder.json"
 """What a session must know that the graph does not say."""
 
 _SMALL_BYTES = 1024
 """Constants of up to this size are in the graph itself, where shapes are inferred from them."""
-
-
-_GATHER, _UNSQUEEZE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
-"""The builder's two nodes that keep only the last position."""
 
 
 class DecoderFacts(Model):
@@ -45,42 +44,34 @@ class DecoderFacts(Model):
         return cls.model_validate_json((directory / FACTS).read_bytes())
 
 
-def write_full_logits_variant(directory: Path) -> None:
-    """Write FULL beside LAST: the same graph without the gather that keeps only the last position.
+def choose_logits(directory: Path) -> None:
+    """Let the caller of LAST say which positions it wants logits of: add the input FIRST_LOGITS.
 
-    On a graph that has no such gather (its logits are complete already) the two are alike.
-    Both name the same external data file, so the variant costs kilobytes.
+    The head is the widest layer of all and serving needs its last row only, quality and drafts need more;
+    with an input one graph does for all. The rows are chosen before the head, wherever it is.
     """
     import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load(directory / LAST, load_external_data=False)
     graph = model.graph
-    pruned = {node.name: node for node in graph.node if node.name in (_GATHER, _UNSQUEEZE)}
-    if pruned:
-        gather, unsqueeze = pruned[_GATHER], pruned[_UNSQUEEZE]
-        for node in graph.node:
-            node.input[:] = [gather.input[0] if name == unsqueeze.output[0] else name for name in node.input]
-        kept = [node for node in graph.node if node.name not in pruned]
-        _drop_unused_constants(graph, pruned.values(), kept)
-        del graph.node[:]
-        graph.node.extend(kept)
-        _free_sequence_dimension(graph)
-    onnx.save(model, directory / FULL)
-
-
-def _drop_unused_constants(graph: Any, removed: Any, kept: list[Any]) -> None:
-    still_used = {name for node in kept for name in node.input}
-    unused = {name for node in removed for name in node.input} - still_used
-    initializers = [tensor for tensor in graph.initializer if tensor.name not in unused]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
-
-
-def _free_sequence_dimension(graph: Any) -> None:
-    """Logits change from [batch, 1, vocab] to [batch, sequence, vocab]; intermediate shapes are dropped."""
-    del graph.value_info[:]
+    maker = {output: node for node in graph.node for output in node.output}
+    head = maker["logits"]
+    while head.op_type not in _PRODUCTS:
+        head = maker[head.input[0]]
+    for name, value in (("end", np.iinfo(np.int64).max), ("axis", 1)):
+        graph.initializer.append(numpy_helper.from_array(np.array([value]), f"{FIRST_LOGITS}/{name}"))
+    bounds = [FIRST_LOGITS, f"{FIRST_LOGITS}/end", f"{FIRST_LOGITS}/axis"]
+    chosen = helper.make_node(
+        "Slice", [head.input[0], *bounds], [f"{FIRST_LOGITS}/hidden"], name=FIRST_LOGITS
+    )
+    graph.node.insert(list(graph.node).index(head), chosen)
+    head.input[0] = chosen.output[0]
+    graph.input.append(helper.make_tensor_value_info(FIRST_LOGITS, TensorProto.INT64, [1]))
     logits = next(output for output in graph.output if output.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
+    del graph.value_info[:]  # what lies behind the head's input has fewer rows now
+    onnx.save(model, directory / LAST)
 
 
 def load_decoder(directory: Path) -> Any:
@@ -102,8 +93,9 @@ def save_decoder(model: Any, weights: Path, output: Path) -> None:
     onnx_ir.save(decoder, output / LAST, external_data=DATA, size_threshold_bytes=_SMALL_BYTES)
 
 
-def stored(name: str, array: NDArray[Any], directory: Path) -> Any:
-    """``array`` as an ``onnx.TensorProto`` of a graph in ``directory``: a large one is added to DATA there.
+def stored(name: str, array: NDArray[Any], directory: Path, *, over: Any = None) -> Any:
+    """``array`` as an ``onnx.TensorProto`` of a graph in ``directory``: a large one is written to DATA there,
+    in the place of the tensor ``over`` if there is room, else at the end.
 
     A protobuf message keeps the memory of all it ever held, so that a graph whose weights are replaced one
     by one would hold both the old and the new.
@@ -112,8 +104,10 @@ def stored(name: str, array: NDArray[Any], directory: Path) -> Any:
 
     if array.nbytes <= _SMALL_BYTES:
         return numpy_helper.from_array(array, name)
-    with (directory / DATA).open("ab") as file:
-        place = {"location": DATA, "offset": file.tell(), "length": array.nbytes}
+    path = directory / DATA
+    room = None if over is None else _room(over, array.nbytes)
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        offset = file.seek(0, os.SEEK_END) if room is None else file.seek(room)
         file.write(np.ascontiguousarray(array).data)
     tensor = TensorProto(
         name=name,
@@ -121,9 +115,16 @@ def stored(name: str, array: NDArray[Any], directory: Path) -> Any:
         data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
         data_location=TensorProto.EXTERNAL,
     )
-    for key, value in place.items():
+    for key, value in {"location": DATA, "offset": offset, "length": array.nbytes}.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
+
+
+def _room(tensor: Any, size_bytes: int) -> int | None:
+    """Where in DATA ``tensor`` begins, if it lies there and is large enough."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    fits = place.get("location") == DATA and int(place["length"]) >= size_bytes
+    return int(place["offset"]) if fits else None
 
 
 def store_embedding_by_row(directory: Path) -> None:

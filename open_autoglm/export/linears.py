@@ -156,7 +156,8 @@ class Decoder:
 
     def replace(self, name: str, array: NDArray[Any]) -> None:
         """Give an initializer another value."""
-        self._constants[name].CopyFrom(stored(name, array, self._directory))
+        constant = self._constants[name]
+        constant.CopyFrom(stored(name, array, self._directory, over=constant))
 
     def add(self, name: str, array: NDArray[Any]) -> str:
         """Add an initializer and return its name; one that is there already stays."""

@@ -96,7 +96,7 @@ def check_route(route: Any, checkpoint: Checkpoint, config: Any, scratch: Path) 
 
 
 def _compare(output: Path, tokens: Any, expected: Any) -> None:
-    from open_autoglm.engines.onnxruntime_engine import OnnxRuntimeSession
+    from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
 
     session = OnnxRuntimeSession(output, SessionOptions(batch_size=2, max_tokens=_TOKENS + 3, threads=1))
     found = [session.prefill(tokens[:, :_PROMPT])]

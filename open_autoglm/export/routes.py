@@ -10,7 +10,7 @@ from typing import Protocol
 
 from open_autoglm.engines.contract import ExportContext
 from open_autoglm.export import genai_route, transformers_route
-from open_autoglm.export.graph import DecoderFacts, write_full_logits_variant
+from open_autoglm.export.graph import DecoderFacts, choose_logits
 from open_autoglm.export.int8 import int8_export
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import check_route, decoder_facts, small_config, traits
@@ -57,7 +57,7 @@ def library_versions() -> dict[str, str]:
 
 
 def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportContext) -> str:
-    """Write LAST, FULL, their data and the decoder facts into ``context.output``; return the route's name.
+    """Write LAST, its data and the decoder facts into ``context.output``; return the route's name.
 
     Raises NoRoute, or what the route raises.
     """
@@ -68,9 +68,9 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
         work.mkdir()
         exact.mkdir()
         route.export(checkpoint, exact, work)
+        choose_logits(exact)
         facts = _facts(checkpoint, route)
         _apply(recipe, exact, context.output, checkpoint, facts)
-    write_full_logits_variant(context.output)
     facts.write(context.output)
     return route.NAME
 

@@ -1,7 +1,8 @@
 """The content-addressed store of exports: what was made once from the same inputs is not made again.
 
-The key holds the checkpoint's digest, the engine, its recipe and the versions of the libraries that
-write the files. An entry whose files no longer match their digests is rebuilt, and the trial says so.
+The key holds the checkpoint's digest, the engine, its recipe with the versions of the libraries that
+write the files, and our own source that does. An entry whose files no longer match their digests is
+rebuilt, and the trial says so.
 """
 
 from __future__ import annotations
@@ -9,12 +10,21 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from open_autoglm import engines
 from open_autoglm.engines.contract import ExportContext
 from open_autoglm.errors import UserError
-from open_autoglm.files import digest_files, digest_of, directory_atomic, file_lock, mismatch, write_atomic
+from open_autoglm.files import (
+    digest_files,
+    digest_of,
+    digest_sources,
+    directory_atomic,
+    file_lock,
+    mismatch,
+    write_atomic,
+)
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.measure.lease import preparing
 from open_autoglm.pruning.store import pruned_checkpoint
@@ -71,7 +81,7 @@ def export_candidate(
     recipe = engines.get(candidate.engine).recipe(candidate)
     if recipe is None:
         return _as_it_is(candidate, checkpoint)
-    key = digest_of([checkpoint.digest, candidate.engine, recipe])
+    key = digest_of([checkpoint.digest, candidate.engine, recipe, _writers_digest()])
     directory = settings.exports / key[:32]
     with (
         file_lock(settings.exports / f"{key[:32]}.lock"),
@@ -125,6 +135,11 @@ def check_disk(candidates: Sequence[Candidate], profile: ModelProfile, directory
             f"the exports need {quantity(needed, 'bytes')} and {nearest} has {quantity(free, 'bytes')} free: "
             "free some space, set AUTOGLM_HOME to another disk, or name fewer --engines"
         )
+
+
+@cache
+def _writers_digest() -> str:
+    return digest_sources(Path(__file__).parent, (".",))
 
 
 def check_stored(directory: Path) -> str | None:

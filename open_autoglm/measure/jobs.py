@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import Session, SessionOptions
+from open_autoglm.engines.contract import Session, SessionOptions, draft_tokens_of
 from open_autoglm.measure.memory import FootprintWatch
 from open_autoglm.measure.scenarios import lead_in, run_round
 from open_autoglm.measure.workload import Request, Requests, load_rounds, short, warmup_request
@@ -97,6 +97,7 @@ class _Served:
         self.watch = FootprintWatch()
         self.options = job.options
         self.workload = job.workload
+        self.draft_tokens = draft_tokens_of(job.candidate)
         self.requests: list[Requests] = load_rounds(job.workload)
         self.longest = sorted(range(len(self.requests)), key=self._length, reverse=True)
         engine = engines.get(job.candidate.engine)
@@ -109,7 +110,7 @@ class _Served:
 
     def run(self, requests: Requests, index: int) -> Round:
         """One timed round."""
-        turn = run_round(self.session, requests, index)
+        turn = run_round(self.session, requests, index, draft_tokens=self.draft_tokens)
         self._last = requests[-1]
         return turn
 
@@ -181,6 +182,7 @@ def score_session(job: ScoreJob) -> QualityReport:
         limit=job.min_quality,
         max_flips=job.max_token_flips,
         windows=job.windows,
+        draft_tokens=served.draft_tokens,
     )
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from open_autoglm.engines.contract import Logits, Session, Tokens
+from open_autoglm.generation import greedy
 from open_autoglm.measure.interference import ConditionsMeter
 from open_autoglm.measure.statistics import summarise
 from open_autoglm.measure.workload import Request, load_rounds
@@ -46,6 +47,8 @@ class _Answer(NamedTuple):
 
     due: float
     known: list[float]
+    drafted: int
+    accepted: int
     first: Logits
     last: Logits
 
@@ -57,14 +60,17 @@ def run_round(
     meter_factory: Callable[[], Meter] = ConditionsMeter,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
+    *,
+    draft_tokens: int = 0,
 ) -> Round:
     """Time one round: its requests in the order of their arrival, one at a time, first come first served.
 
-    ``index`` says which of the workload's rounds it is. Raises IncorrectOutput on NaN or infinite logits.
+    ``index`` says which of the workload's rounds it is; ``draft_tokens`` are guessed per call, at most, and
+    tokens that come by one call are known at one time. Raises IncorrectOutput on NaN or infinite logits.
     """
     meter = meter_factory()
     begin = clock()
-    answers = [_answer(session, request, begin, clock, sleep) for request in requests]
+    answers = [_answer(session, request, draft_tokens, begin, clock, sleep) for request in requests]
     conditions = meter.read()
     for request, answer in zip(requests, answers, strict=True):
         _require_finite(answer.first, "prefill", request.tokens.shape[1] - 1)
@@ -78,6 +84,8 @@ def run_round(
         token_ms=tuple(token_ms),
         output_tokens=tuple(len(a.known) for a in answers),
         duration_ms=(answers[-1].known[-1] - begin) * 1e3,
+        drafted_tokens=tuple(a.drafted for a in answers) if draft_tokens else (),
+        accepted_tokens=tuple(a.accepted for a in answers) if draft_tokens else (),
         conditions=conditions,
     )
 
@@ -85,6 +93,7 @@ def run_round(
 def _answer(
     session: Session,
     request: Request,
+    draft_tokens: int,
     begin: float,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
@@ -93,14 +102,15 @@ def _answer(
     due = begin + request.arrival_ms / 1e3
     if (early := due - clock()) > 0:
         sleep(early)
-    logits = first = session.prefill(request.tokens)
-    tokens = logits.argmax(axis=-1)
+    steps = greedy(session, request.tokens, request.output_tokens, draft_tokens)
+    first = last = next(steps).logits
     known = [clock()]
-    for _ in range(request.output_tokens - 1):
-        logits = session.decode(tokens)
-        tokens = logits.argmax(axis=-1)
-        known.append(clock())
-    return _Answer(due, known, first, logits)
+    drafted = accepted = 0
+    for tokens, last, guessed in steps:  # noqa: B007
+        known += [clock()] * tokens.shape[1]
+        drafted += guessed
+        accepted += tokens.shape[1] - 1
+    return _Answer(due, known, drafted, accepted, first, last)
 
 
 def lead_in(session: Session, tokens: Tokens, room: int) -> None:

@@ -1,10 +1,11 @@
 """How much of the reference's quality a candidate keeps, on each of the two paths it will be served by.
 
-A prompt is read by one batched call, an answer is written one token at a time, and the kernels differ:
-dynamic int8 kept 64 % of the demo model's quality on one path, 92 % on the other. So both are scored, on
-the same windows, and the worse one counts. The share kept is reference perplexity / candidate perplexity,
-held to 99 % by default as in the MLPerf Inference rules; next to it stand the mean KL divergence and the
-top-1 agreement that llama.cpp's ``tools/perplexity`` reports (there: "Mean KLD", "Same top p").
+A prompt is read by one batched call, an answer is written one token at a time (or a few, where drafts are
+verified), and the kernels differ: dynamic int8 kept 64 % of the demo model's quality on one path, 92 % on
+the other. So both are scored, on the same windows, and the worse one counts. The share kept is reference
+perplexity / candidate perplexity, held to 99 % by default as in the MLPerf Inference rules; next to it stand
+the mean KL divergence and the top-1 agreement that llama.cpp's ``tools/perplexity`` reports (there: "Mean
+KLD", "Same top p").
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from open_autoglm.engines.contract import Logits, Session, Tokens
+from open_autoglm.engines.contract import Logits, Session, Tokens, Verifier
 from open_autoglm.quality.reference import (
     ROWS_AT_A_TIME,
     EvaluationSet,
@@ -74,6 +75,7 @@ def score(
     limit: float = 0.99,
     max_flips: float = 0.1,
     windows: int | None = None,
+    draft_tokens: int = 0,
 ) -> QualityReport:
     """Judge ``session`` on ``evaluation_set`` against the file `compute_reference` wrote.
 
@@ -82,7 +84,8 @@ def score(
     Each path is read until it is clear on which side of ``limit`` its ratio lies and on which side of
     ``max_flips`` the share of positions whose likeliest token is another, or to the end. The
     prefill path reads one prompt per call; the decode path advances up to ``batch_size`` windows
-    together, which must not exceed the session's own. NaN or infinity in any logits ends the scoring:
+    together, which must not exceed the session's own, or with ``draft_tokens`` one window by so many and one
+    at a time, as drafts that are right would. NaN or infinity in any logits ends the scoring:
     the report then has ``finite=False``, where it was, ratio 0 and no scored tokens. Raises ValueError if
     the logits do not have the shape the contract promises or the reference belongs to another evaluation set.
     """
@@ -97,12 +100,18 @@ def score(
         sliced = windows is not None
         read = _prefill(session, evaluation_set, ordered, predictions)
         prefill = judge(read, evaluation_set, limit, max_flips, sliced=sliced)
-        one_by_one = _decode(session, evaluation_set, ordered, predictions, batch_size)
+        if draft_tokens:
+            stepwise = _verify(session, evaluation_set, ordered, predictions, draft_tokens + 1)
+        else:
+            stepwise = _decode(session, evaluation_set, ordered, predictions, batch_size)
         start = evaluation_set.layout.prompt_tokens
-        decode = judge(one_by_one, evaluation_set, limit, max_flips, start=start, sliced=sliced)
-        same = _same_greedy_tokens(session, evaluation_set, tokens, expected, batch_size)
+        decode = judge(stepwise, evaluation_set, limit, max_flips, start=start, sliced=sliced)
+        same, drafts_same = _same_greedy_tokens(
+            session, evaluation_set, tokens, expected, batch_size, draft_tokens
+        )
     except NonFiniteError as error:
         prefill = decode = _unscored(texts)
+        drafts_same = None
         same = (0,) * len(texts)
         not_finite = str(error)
     return QualityReport(
@@ -111,6 +120,7 @@ def score(
         worse_path="decode" if decode.ratio < prefill.ratio else "prefill",
         ratio=min(prefill.ratio, decode.ratio),
         greedy_same_tokens=same,
+        draft_same_tokens=drafts_same,
         greedy_tokens=evaluation_set.layout.greedy_tokens,
         finite=not not_finite,
         not_finite=not_finite,
@@ -153,6 +163,25 @@ def _decode(
             with _locating(logits, "decode", texts, [(row, position) for row in numbers]):
                 steps.append(compare(logits, windows[rows, position + 1], expected.at((rows, position))))
         yield _stack(steps, axis=1)
+
+
+def _verify(
+    session: Session, evaluation_set: EvaluationSet, windows: Tokens, expected: Predictions, count: int
+) -> Iterator[Comparison]:
+    """The true tokens of ``windows[rows, n]``, fed ``count`` per call; what `extend` returns is scored."""
+    positions, texts = evaluation_set.layout.decode_positions, evaluation_set.texts
+    assert isinstance(session, Verifier), "an engine that offers drafts can verify them"
+    for row, window in enumerate(windows):
+        session.prefill(window[None, : positions.start])
+        steps = []
+        for start in range(positions.start, positions.stop, count):
+            stop = min(start + count, positions.stop)
+            logits = session.extend(window[None, start:stop])
+            require_shape(logits, (1, stop - start, evaluation_set.vocab_size))
+            with _locating(logits[0], "decode", texts, [(row, position) for position in range(start, stop)]):
+                true, there = window[start + 1 : stop + 1], expected.at((row, slice(start, stop)))
+                steps.append(compare(logits[0], true, there))
+        yield _stack([_joined(steps)], axis=0)
 
 
 @contextmanager
@@ -219,16 +248,31 @@ def _settled(scored: Comparison, limit: float, max_flips: float) -> dict[str, bo
 
 
 def _same_greedy_tokens(
-    session: Session, evaluation_set: EvaluationSet, tokens: Tokens, expected: Reference, batch_size: int
-) -> tuple[int, ...]:
-    """How many leading tokens of each text's greedy continuation are the reference's."""
+    session: Session,
+    evaluation_set: EvaluationSet,
+    tokens: Tokens,
+    expected: Reference,
+    batch_size: int,
+    draft_tokens: int,
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """How many leading tokens of each text's greedy continuation are the reference's and, where there are
+    drafts, how many are the same with the shortest of them: none may depend on what was guessed."""
     prompts = tokens[:, 0, : evaluation_set.layout.prompt_tokens]
-    groups = [
-        continue_greedily(session, prompts[rows], evaluation_set.layout.greedy_tokens)
-        for rows in slices(len(prompts), batch_size)
-    ]
-    same = np.concatenate(groups) == expected.greedy
-    return tuple(int(count) for count in np.logical_and.accumulate(same, axis=1).sum(axis=1))
+
+    def continued(drafts: int) -> Tokens:
+        groups = [
+            continue_greedily(session, prompts[rows], evaluation_set.layout.greedy_tokens, drafts)
+            for rows in slices(len(prompts), 1 if drafts else batch_size)
+        ]
+        return np.concatenate(groups)
+
+    served = continued(draft_tokens)
+    return _alike(served, expected.greedy), _alike(served, continued(1)) if draft_tokens else None
+
+
+def _alike(found: Tokens, expected: Tokens) -> tuple[int, ...]:
+    """Leading tokens that are the same, per row of ``[rows, n]``."""
+    return tuple(int(count) for count in np.logical_and.accumulate(found == expected, axis=1).sum(axis=1))
 
 
 def compare(logits: Logits, targets: Tokens, expected: Predictions) -> Comparison:

@@ -21,6 +21,7 @@ from pydantic import Field
 from open_autoglm.engines.contract import Logits, Session, Tokens
 from open_autoglm.errors import CheckpointError, UserError
 from open_autoglm.files import sha256_file, write_atomic
+from open_autoglm.generation import greedy
 from open_autoglm.quality.texts import TEXTS, load_tokenizer, windows
 from open_autoglm.schemas import Checkpoint, Model, OptimizeSpec
 
@@ -248,16 +249,13 @@ def require_shape(logits: Logits, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the engine returned logits of shape {logits.shape}, expected {shape}")
 
 
-def continue_greedily(session: Session, prompts: Tokens, count: int) -> Tokens:
+def continue_greedily(session: Session, prompts: Tokens, count: int, draft_tokens: int = 0) -> Tokens:
     """Extend ``prompts[rows, n]`` by the likeliest token ``count`` times: ``int64[rows, count]``."""
-    logits = session.prefill(prompts)
     chosen: list[Tokens] = []
-    while True:
-        require_finite(logits)
-        chosen.append(logits.argmax(axis=-1).astype(np.int64))
-        if len(chosen) == count:
-            return np.stack(chosen, axis=1)
-        logits = session.decode(chosen[-1])
+    for step in greedy(session, prompts, count, draft_tokens):
+        require_finite(step.logits)
+        chosen.append(step.tokens)
+    return np.concatenate(chosen, axis=1)
 
 
 def slices(total: int, size: int) -> Sequence[slice]:

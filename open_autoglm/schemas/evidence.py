@@ -69,6 +69,8 @@ class Round(Model):
     token_ms: tuple[tuple[float, ...], ...] = Field(description="per request, each token after the first")
     output_tokens: tuple[int, ...] = Field(description="generated per request and row")
     duration_ms: float
+    drafted_tokens: tuple[int, ...] = Field((), description="guessed per request, where there are drafts")
+    accepted_tokens: tuple[int, ...] = Field((), description="of these, right ones")
     conditions: Conditions
     repeated: bool = Field(False, description="disturbed and run again: kept, but counted in no figure")
 
@@ -183,7 +185,7 @@ class Place(Model):
 
 
 class PathQuality(Model):
-    """Quality of one path (prefill batch, or one-token decode with the cache) against the reference.
+    """Quality of one path (prefill batch, or decode with the cache) against the reference.
 
     With no tokens scored, because the logits were not finite, every number is 0 and means nothing:
     a KL divergence of 0 then is no agreement.
@@ -225,6 +227,9 @@ class QualityReport(Model):
         description="per prompt, leading tokens equal to the reference"
     )
     greedy_tokens: int
+    draft_same_tokens: tuple[int, ...] | None = Field(
+        None, description="per prompt, leading tokens that are the same with drafts of one token"
+    )
     finite: bool
     not_finite: str = Field("", description="where the first NaN or infinity was; empty if all is finite")
     seconds: float

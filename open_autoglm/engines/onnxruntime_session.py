@@ -1,0 +1,170 @@
+"""A decoder graph in ONNX Runtime, on the CPU, with its KV cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from open_autoglm.engines.contract import ALL_THREADS, Logits, SessionOptions, Tokens
+from open_autoglm.export.graph import FIRST_LOGITS, LAST, DecoderFacts
+from open_autoglm.schemas import Knob
+
+SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
+    {
+        "threads": ALL_THREADS,
+        "graph_level": "all",
+        "allow_spinning": True,
+        "flash_attention": True,
+        "memory_pattern": True,
+        "arena": True,
+    }
+)
+"""What only the session heeds, at ONNX Runtime's own defaults: no such knob changes an exported file."""
+
+GRAPH_LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC"}
+"""Between the two is "extended", which leaves the same graph as "all": layouts are for convolutions."""
+
+_SPINNING = "session.intra_op.allow_spinning"
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+"""Read from the environment by each GroupQueryAttention when its session is made; there is no option."""
+
+
+class OnnxRuntimeSession:
+    """A decoder graph and its KV cache.
+
+    Where the graph allows it (GroupQueryAttention), past and present are one pre-allocated buffer of
+    ``float32[batch, kv_heads, max_tokens, head_dim]``, and the length of the attention mask says how much
+    of it is valid. Otherwise past grows by concatenation.
+    """
+
+    def __init__(
+        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+    ) -> None:
+        self._facts = DecoderFacts.read(directory)
+        self._shared_buffer = self._facts.kv_cache == "in_place"
+        self._options = options
+        self._knobs = {**SESSION_KNOBS, **knobs}
+        self._session = self._load(directory / LAST)
+        self._past_names = [
+            i.name for i in self._session.get_inputs() if i.name.startswith("past_key_values")
+        ]
+        self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
+        self._cache: list[Any] = []
+        self._rows = 0
+        self._length = 0
+
+    def _load(self, path: Path) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._options.threads
+        options.inter_op_num_threads = 1
+        level = GRAPH_LEVELS[str(self._knobs["graph_level"])]
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        options.enable_mem_pattern = bool(self._knobs["memory_pattern"])
+        options.enable_cpu_mem_arena = bool(self._knobs["arena"])
+        options.add_session_config_entry(_SPINNING, "1" if self._knobs["allow_spinning"] else "0")
+        os.environ[_NO_FLASH] = "0" if self._knobs["flash_attention"] else "1"
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session.disable_fallback()
+        return session
+
+    def prefill(self, tokens: Tokens) -> Logits:
+        self._reset(len(tokens))
+        return self._run(tokens, _LAST_POSITION)[:, -1]
+
+    def decode(self, tokens: Tokens) -> Logits:
+        return self._run(tokens[:, None], _LAST_POSITION)[:, -1]
+
+    def full_logits(self, tokens: Tokens) -> Logits:
+        self._reset(len(tokens))
+        return self._run(tokens, _EVERY_POSITION)
+
+    def extend(self, tokens: Tokens) -> Logits:
+        return self._run(tokens, _EVERY_POSITION)
+
+    def rewind(self, tokens: int) -> None:
+        if not 0 <= tokens <= self._length:
+            raise ValueError(f"{self._length} tokens were read, {tokens} cannot be forgotten")
+        self._length -= tokens
+        if tokens and not self._shared_buffer:
+            kept = [np.ascontiguousarray(value.numpy()[:, :, : self._length]) for value in self._cache]
+            self._cache = [_on_cpu(array) for array in kept]
+
+    def _reset(self, rows: int) -> None:
+        if rows > self._options.batch_size:
+            raise ValueError(f"batch of {rows} in a session opened for {self._options.batch_size}")
+        self._length = 0
+        if rows == self._rows and self._shared_buffer:
+            return  # stale contents lie beyond the mask
+        self._rows = rows
+        length = self._options.max_tokens if self._shared_buffer else 0
+        shape = (rows, self._facts.kv_heads, length, self._facts.head_dim)
+        # Values share the memory of their arrays: every layer needs an array of its own.
+        self._cache = [_on_cpu(np.zeros(shape, dtype=np.float32)) for _ in self._past_names]
+
+    def _run(self, tokens: Tokens, first_logits: int) -> Logits:
+        """Append ``int64[batch, n]``; logits of the positions from ``first_logits`` on."""
+        length = self._length + tokens.shape[1]
+        if length > self._options.max_tokens:
+            raise ValueError(f"the cache holds {self._options.max_tokens} tokens, {length} were asked for")
+        binding = self._session.io_binding()
+        feeds = {
+            "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
+            "attention_mask": np.ones((len(tokens), length), dtype=np.int64),
+            "position_ids": np.tile(np.arange(self._length, length, dtype=np.int64), (len(tokens), 1)),
+            FIRST_LOGITS: np.array([first_logits]),
+        }
+        for graph_input in self._session.get_inputs():
+            if graph_input.name in feeds:
+                binding.bind_cpu_input(graph_input.name, feeds[graph_input.name])
+        for name, value in zip(self._past_names, self._cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name, value in zip(self._present_names, self._cache, strict=True):
+            if self._shared_buffer:
+                binding.bind_ortvalue_output(name, value)
+            else:
+                binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        if not self._shared_buffer:
+            self._cache = present
+        self._length = length
+        result: Logits = logits.numpy()
+        return result
+
+    def facts(self) -> dict[str, str]:
+        import onnxruntime as ort
+
+        options = self._session.get_session_options()
+        return {
+            "onnxruntime": ort.__version__,
+            "providers": ",".join(self._session.get_providers()),
+            "threads": str(options.intra_op_num_threads),
+            "graph_level": options.graph_optimization_level.name.removeprefix("ORT_ENABLE_").lower(),
+            "spinning": {"1": "allowed", "0": "off"}[options.get_session_config_entry(_SPINNING)],
+            "flash_attention": "on" if self._knobs["flash_attention"] else "off",
+            "memory_pattern": "planned" if options.enable_mem_pattern else "off",
+            "arena": "on" if options.enable_cpu_mem_arena else "off",
+            "kv_cache": self._facts.kv_cache,
+        }
+
+    def close(self) -> None:
+        self._session = None
+        self._cache = []
+
+
+_LAST_POSITION, _EVERY_POSITION = -1, 0
+
+
+def _on_cpu(array: Any) -> Any:
+    """An OrtValue that shares the memory of ``array``, which it keeps alive."""
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -25,9 +25,17 @@ from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
 from open_autoglm.export import genai_route
 from open_autoglm.export.calibrate import Activations, calibration_windows, observe
-from open_autoglm.export.graph import LAST, DecoderFacts, load_decoder, save_decoder, store_embedding_by_row
+from open_autoglm.export.graph import (
+    DATA,
+    LAST,
+    DecoderFacts,
+    load_decoder,
+    save_decoder,
+    store_embedding_by_row,
+)
 from open_autoglm.export.int8 import compute_in_int8
 from open_autoglm.export.linears import Decoder
+from open_autoglm.export.quantize import weight_only
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.export.rounding import by_source, fit
 from open_autoglm.export.routes import export_onnx
@@ -150,6 +158,25 @@ def test_weights_that_are_no_numbers_are_refused(broken: float, own: Path) -> No
     decoder.replace(linear.weight, weight)
     with pytest.raises(ValueError, match=rf"{linear.weight} .* not finite"):
         compute_in_int8(decoder, [linear], {})
+
+
+def test_weights_stay_in_their_file(own: Path) -> None:
+    """The graph never holds a matrix, whatever is done to it: a model's weights may be more than the memory.
+    What is replaced is written in its own place, so that the file does not grow by the model either."""
+    model = load_decoder(own)
+    decoder = Decoder(model.graph, own)
+    linear = decoder.linears()[0]
+    doubled = decoder.value(linear.weight) * 2
+    size_bytes = (own / DATA).stat().st_size
+    decoder.replace(linear.weight, doubled)
+    assert (decoder.value(linear.weight) == doubled).all()
+    assert (own / DATA).stat().st_size == size_bytes
+    others = {other.weight: decoder.value(other.weight) for other in decoder.linears()[1:]}
+    decoder.replace(linear.weight, np.tile(doubled, 2))  # wider than its place
+    assert (own / DATA).stat().st_size > size_bytes
+    assert all((decoder.value(name) == before).all() for name, before in others.items())
+    weight_only(model, own, OnnxRecipe(scheme="weight_only", weight_bits=8))
+    assert max(len(tensor.raw_data) for tensor in model.graph.initializer) <= 1024
 
 
 # ── calibration ──────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from studies import demo_analysis, demo_hardware
 from open_autoglm import engines
 from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.errors import UserError
-from open_autoglm.export.graph import LAST, DecoderFacts
+from open_autoglm.export.graph import GRAPH, DecoderFacts
 from open_autoglm.planning import plan
 from open_autoglm.schemas import Candidate, ExportedModel, Knob, OptimizeSpec
 
@@ -172,7 +172,7 @@ def identity_export(directory: Path) -> ExportedModel:
     node = helper.make_node("Identity", ["input_ids"], ["logits"])
     graph = helper.make_graph([node], "identity", value[:1], value[1:])
     opset = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), directory / LAST)
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), directory / GRAPH)
     DecoderFacts(kv_heads=1, head_dim=1, kv_cache="in_place").write(directory)
     return ExportedModel(
         candidate_id="identity", path=directory, digest="", route="", size_bytes=0, build_s=0

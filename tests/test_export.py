@@ -22,7 +22,7 @@ from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
 from open_autoglm.errors import UserError
 from open_autoglm.export import genai_route, routes
-from open_autoglm.export.graph import FIRST_LOGITS, LAST, DecoderFacts, choose_logits
+from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts, choose_logits
 from open_autoglm.export.ledger import Ledger
 from open_autoglm.export.preflight import small_config, traits
 from open_autoglm.export.quantize import weight_only
@@ -133,10 +133,10 @@ def test_an_export_is_one_graph_that_gives_the_logits_asked_for(
     import onnxruntime as ort
 
     _, output = export(family("glm"), FP32, tmp_path)
-    assert {file.name for file in output.iterdir()} == {LAST, f"{LAST}.data", "decoder.json"}
-    assert external_data_names(output / LAST) == {f"{LAST}.data"}
+    assert {file.name for file in output.iterdir()} == {GRAPH, f"{GRAPH}.data", "decoder.json"}
+    assert external_data_names(output / GRAPH) == {f"{GRAPH}.data"}
 
-    session = ort.InferenceSession(output / LAST)
+    session = ort.InferenceSession(output / GRAPH)
     facts = DecoderFacts.read(output)
     empty = np.zeros((2, facts.kv_heads, 0, facts.head_dim), dtype=np.float32)
     known = {
@@ -171,9 +171,9 @@ def test_logits_are_chosen_before_the_head_wherever_it_is(tmp_path: Path) -> Non
         helper.make_node("Tanh", ["product"], ["logits"]),
     ]
     graph = helper.make_graph(nodes, "g", [hidden], [logits], [weight])
-    onnx.save(helper.make_model(graph), tmp_path / LAST)
+    onnx.save(helper.make_model(graph), tmp_path / GRAPH)
     choose_logits(tmp_path)
-    model = onnx.load(tmp_path / LAST)
+    model = onnx.load(tmp_path / GRAPH)
     assert [node.op_type for node in model.graph.node] == ["Slice", "MatMul", "Tanh"]
     values = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
     (found,) = ReferenceEvaluator(model).run(None, {"hidden": values, FIRST_LOGITS: np.array([-2])})
@@ -188,9 +188,9 @@ def test_a_graph_with_nothing_to_quantise_is_refused(tmp_path: Path) -> None:
     ids = helper.make_tensor_value_info("input_ids", TensorProto.FLOAT, ["batch", "sequence", 8])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 8])
     graph = helper.make_graph([helper.make_node("Relu", ["input_ids"], ["logits"])], "g", [ids], [logits])
-    onnx.save(helper.make_model(graph), tmp_path / LAST)
+    onnx.save(helper.make_model(graph), tmp_path / GRAPH)
     with pytest.raises(RuntimeError, match="no MatMul"):
-        weight_only(onnx.load(tmp_path / LAST), OnnxRecipe(scheme="weight_only", weight_bits=8))
+        weight_only(onnx.load(tmp_path / GRAPH), tmp_path, OnnxRecipe(scheme="weight_only", weight_bits=8))
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────

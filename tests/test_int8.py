@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,17 @@ from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
 from open_autoglm.export import genai_route, int8
 from open_autoglm.export.calibrate import Activations, calibration_windows, observe
-from open_autoglm.export.graph import LAST, DecoderFacts, store_embedding_by_row
+from open_autoglm.export.graph import (
+    DATA,
+    GRAPH,
+    DecoderFacts,
+    load_decoder,
+    save_decoder,
+    store_embedding_by_row,
+)
 from open_autoglm.export.int8 import compute_in_int8
 from open_autoglm.export.linears import Decoder
+from open_autoglm.export.quantize import weight_only
 from open_autoglm.export.recipe import EXACT, OnnxRecipe
 from open_autoglm.export.rounding import by_source, fit, stream_error, worst
 from open_autoglm.export.routes import export_onnx
@@ -55,6 +64,12 @@ def exact(glm: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(glm, EXACT, tmp_path_factory.mktemp("exact") / "export")
 
 
+@pytest.fixture
+def own(exact: Path, tmp_path: Path) -> Path:
+    """A copy of that export for a test that changes weights."""
+    return shutil.copytree(exact, tmp_path / "own")
+
+
 def logits(directory: Path) -> Numbers:
     session = OnnxRuntimeSession(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
     found = session.full_logits(TOKENS)
@@ -75,7 +90,7 @@ def test_layers_are_known_by_what_they_compute(model_type: str, tmp_path: Path) 
     """
     checkpoint = load_checkpoint(str(build_checkpoint(tmp_path / "it", model_type)))
     directory = export(checkpoint, EXACT, tmp_path / "export")
-    decoder = Decoder(onnx.load(directory / LAST, load_external_data=False).graph)
+    decoder = Decoder(onnx.load(directory / GRAPH, load_external_data=False).graph, directory)
     roles = decoder.roles()
     found = Counter(roles.values())
     assert {role: found[role] for role in ("head", "output", "down")} == {"head": 1, "output": 2, "down": 2}
@@ -105,7 +120,7 @@ def one_layer(operators: Callable[[Decoder], None]) -> Callable[[Numbers], Numbe
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])]
     node = helper.make_node("MatMul", ["x", "weight"], ["logits"], name="layer")
     graph = helper.make_graph([node], "layer", inputs, outputs, [numpy_helper.from_array(WEIGHT, "weight")])
-    operators(Decoder(graph))
+    operators(Decoder(graph, Path()))  # what is added is small and stays in the graph
     opset = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, ir_version=10, opset_imports=opset)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -151,10 +166,9 @@ def test_a_token_of_zeros_gives_zeros(activations: Numbers) -> None:
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(broken: float, exact: Path) -> None:
+def test_weights_that_are_no_numbers_are_refused(broken: float, own: Path) -> None:
     """Bytes hold no NaN: rounded, it would be a number like any other, and the model silently wrong."""
-    model = onnx.load(exact / LAST)
-    decoder = Decoder(model.graph)
+    decoder = Decoder(load_decoder(own).graph, own)
     linear = decoder.linears()[0]
     weight = decoder.value(linear.weight).copy()
     weight[3, 4] = broken
@@ -163,13 +177,31 @@ def test_weights_that_are_no_numbers_are_refused(broken: float, exact: Path) -> 
         compute_in_int8(decoder, [linear], {})
 
 
+def test_weights_stay_in_their_file(own: Path) -> None:
+    """The graph never holds a matrix, whatever is done to it: a model's weights may be more than the memory.
+    What is replaced is written in its own place, so that the file does not grow by the model either."""
+    model = load_decoder(own)
+    decoder = Decoder(model.graph, own)
+    linear = decoder.linears()[0]
+    doubled = decoder.value(linear.weight) * 2
+    size_bytes = (own / DATA).stat().st_size
+    decoder.replace(linear.weight, doubled)
+    assert (decoder.value(linear.weight) == doubled).all()
+    assert (own / DATA).stat().st_size == size_bytes
+    others = {other.weight: decoder.value(other.weight) for other in decoder.linears()[1:]}
+    decoder.replace(linear.weight, np.tile(doubled, 2))  # wider than its place
+    assert (own / DATA).stat().st_size > size_bytes
+    assert all((decoder.value(name) == before).all() for name, before in others.items())
+    weight_only(model, own, OnnxRecipe(scheme="weight_only", weight_bits=8))
+    assert max(len(tensor.raw_data) for tensor in model.graph.initializer) <= 1024
+
+
 # ── calibration ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_calibration_sees_what_flows(glm: Checkpoint, exact: Path) -> None:
     """The largest magnitude per channel is over all tokens, so no sampled row is above it."""
-    model = onnx.load(exact / LAST)
-    sources = sorted(by_source(Decoder(model.graph).linears()[:-1]))
+    sources = sorted(by_source(Decoder(load_decoder(exact).graph, exact).linears()[:-1]))
     windows = calibration_windows(glm)
     seen = observe(exact, sources, windows, DecoderFacts.read(exact))
     assert sorted(seen) == sources
@@ -181,10 +213,10 @@ def test_calibration_sees_what_flows(glm: Checkpoint, exact: Path) -> None:
     assert left == ["decoder.json", "model.onnx", "model.onnx.data"]
 
 
-def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, tmp_path: Path) -> None:
+def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, own: Path, tmp_path: Path) -> None:
     """The scales are folded into norms and up-projections: the fp32 graph still computes the same."""
-    model = onnx.load(exact / LAST)
-    decoder = Decoder(model.graph)
+    model = load_decoder(own)
+    decoder = Decoder(model.graph, own)
     roles = decoder.roles()
     linears = [linear for linear in decoder.linears() if roles[linear.output] != "head"]
     generator = np.random.default_rng(3)
@@ -201,7 +233,7 @@ def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, tmp_path: P
         if (decoder.value(linear.weight) != before[linear.weight]).any()
     }
     assert changed == {"attention", "mlp", "down"}  # what attention makes takes no scale
-    onnx.save(model, tmp_path / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    save_decoder(model, own, tmp_path)
     DecoderFacts.read(exact).write(tmp_path)
     session = OnnxRuntimeSession(tmp_path, SessionOptions(batch_size=2, max_tokens=32, threads=1))
     assert np.allclose(session.prefill(TOKENS), logits(exact)[:, -1], atol=1e-3)
@@ -216,7 +248,7 @@ def fixed_scale_of(rows: Numbers) -> float | None:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 16])],
         [numpy_helper.from_array(WEIGHT, "weight")],
     )
-    decoder = Decoder(graph)
+    decoder = Decoder(graph, Path())
     seen = {"x": Activations(largest=np.abs(rows).max(axis=0), rows=rows)}
     return fit(decoder, decoder.linears(), seen, frozenset({"x"})).get("x")
 
@@ -252,7 +284,8 @@ def stream_graph() -> Decoder:
         helper.make_node("Add", ["product", "stream"], ["logits"]),
     ]
     return Decoder(
-        helper.make_graph(nodes, "layer", inputs, outputs, [numpy_helper.from_array(WEIGHT, "weight")])
+        helper.make_graph(nodes, "layer", inputs, outputs, [numpy_helper.from_array(WEIGHT, "weight")]),
+        Path(),
     )
 
 
@@ -285,7 +318,7 @@ def test_an_error_is_of_the_output_itself_where_it_is_added_to_nothing() -> None
     graph = stream_graph().graph
     del graph.node[1]
     graph.node[0].output[0] = "logits"
-    decoder = Decoder(graph)
+    decoder = Decoder(graph, Path())
     (linear,) = decoder.linears()
     rows = np.random.default_rng(7).standard_normal((64, 32)).astype(np.float32)
     found = stream_error(decoder, linear, {"x": Activations(largest=np.abs(rows).max(axis=0), rows=rows)})
@@ -317,7 +350,7 @@ def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Pa
     assert max(error["fixed"], error["token"], error["down"]) < error["call"]
 
     def operators(name: str) -> Counter[str]:
-        graph = onnx.load(tmp_path / name / LAST, load_external_data=False).graph
+        graph = onnx.load(tmp_path / name / GRAPH, load_external_data=False).graph
         return Counter(node.op_type for node in graph.node)
 
     # Two layers: qkv, output, gate, up and down are products; the head stays weight-only.
@@ -334,12 +367,14 @@ def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> Non
     )
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    with contextlib.redirect_stdout(io.StringIO()):
-        genai_route.export(checkpoint, tmp_path, scratch)
-    graph = onnx.load(tmp_path / LAST).graph
-    assert any(node.op_type == "Transpose" for node in graph.node)
-    store_embedding_by_row(graph)
-    assert not any(node.op_type == "Transpose" for node in graph.node)
+
+    def transposes() -> int:
+        return sum(node.op_type == "Transpose" for node in load_decoder(tmp_path).graph.node)
+
+    genai_route.build(checkpoint, tmp_path, scratch, precision="fp32")
+    assert transposes() == 1
+    store_embedding_by_row(tmp_path)
+    assert transposes() == 0
     found = logits(export(checkpoint, EXACT, tmp_path / "export"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -354,6 +389,6 @@ def test_the_recipe_spares_what_exceeds_the_budget(
     """Nothing may be lost, or anything: all down-projections keep 8-bit weights beside the head, or none."""
     monkeypatch.setattr(int8, "BUDGET", budget)
     found = export(glm, INT8.model_copy(update={"weight_only_down": "worst"}), tmp_path / "export")
-    graph = onnx.load(found / LAST, load_external_data=False).graph
+    graph = onnx.load(found / GRAPH, load_external_data=False).graph
     counted = Counter(node.op_type for node in graph.node)
     assert (counted["MatMulIntegerToFloat"], counted["MatMulNBits"]) == (10 - spared, 1 + spared)

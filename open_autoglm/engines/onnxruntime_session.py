@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from open_autoglm.engines.contract import ALL_THREADS, Logits, SessionOptions, Tokens
-from open_autoglm.export.graph import FIRST_LOGITS, LAST, DecoderFacts
+from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts
 from open_autoglm.schemas import Knob
 
 SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
@@ -49,7 +49,7 @@ class OnnxRuntimeSession:
         self._shared_buffer = self._facts.kv_cache == "in_place"
         self._options = options
         self._knobs = {**SESSION_KNOBS, **knobs}
-        self._session = self._load(directory / LAST)
+        self._session = self._load(directory / GRAPH)
         inputs = [value.name for value in self._session.get_inputs()]
         self._past_names = [name for name in inputs if name.startswith("past_key_values")]
         self._fed = [name for name in inputs if name not in self._past_names]

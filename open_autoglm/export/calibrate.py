@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from open_autoglm.export.graph import FIRST_LOGITS, LAST, DecoderFacts
+from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts
 from open_autoglm.quality import texts
 from open_autoglm.schemas import Checkpoint
 
@@ -48,12 +48,15 @@ def calibration_windows(checkpoint: Checkpoint) -> NDArray[np.int64]:
 def observe(
     directory: Path, values: Sequence[str], windows: NDArray[np.int64], facts: DecoderFacts
 ) -> dict[str, Activations]:
-    """Run the graph LAST of ``directory`` over ``windows``; samples of ``values[1, tokens, channels]``."""
+    """Run the graph GRAPH of ``directory`` over ``windows``; samples of ``values[1, tokens, channels]``."""
     import onnxruntime as ort
 
-    path = directory / "calibration.onnx"  # beside LAST: the graph names its data file without a folder
-    _write_probed(directory / LAST, path, values)
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    path = directory / "calibration.onnx"  # beside GRAPH: the graph names its data file without a folder
+    _write_probed(directory / GRAPH, path, values)
+    options = ort.SessionOptions()
+    # Weights as they lie in the file are mapped; repacked for speed they would all be in memory once more.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [name for value in values for name in (_largest(value), _rows(value))]
     rows = np.linspace(0, windows.shape[1] - 1, ROWS_PER_WINDOW, dtype=np.int64)
     seen = [session.run(names, _feeds(session, window[None], rows, facts)) for window in windows]

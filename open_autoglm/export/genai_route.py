@@ -9,12 +9,14 @@ embedding pairs neighbouring dimensions, may turn only a part of them, and gate 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from open_autoglm.export.graph import store_embedding_by_row
 from open_autoglm.schemas import Checkpoint
 
 NAME = "onnxruntime-genai"
@@ -40,6 +42,7 @@ def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
     ``scratch`` is an empty directory for temporary files. Raises whatever the builder raises.
     """
     build(checkpoint, output, scratch, precision="fp32")
+    store_embedding_by_row(output)
 
 
 def build(
@@ -54,6 +57,7 @@ def build(
     with _glm_in_place_of_llama(checkpoint.model_type), contextlib.redirect_stdout(io.StringIO()):
         extra = builder.parse_extra_options(*arguments, [remote, *options])
         builder.create_model(*arguments, **extra)
+    gc.collect()  # the builder's graph refers to itself, and to the mapped weights of the torch model
 
 
 def _present_as_llama(checkpoint: Checkpoint, scratch: Path) -> Path:

@@ -1,15 +1,17 @@
-"""Small passes over exported ONNX graphs; none of them touches the weights' file."""
+"""Exported ONNX graphs and small passes over them. Weights stay in a file beside the graph."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from open_autoglm.schemas import Model
 
-LAST = "model.onnx"
+GRAPH = "model.onnx"
 """The graph; its weights lie in one file beside it."""
 
 FIRST_LOGITS = "first_logits"
@@ -17,8 +19,14 @@ FIRST_LOGITS = "first_logits"
 
 _PRODUCTS = ("MatMul", "Gemm")
 
+DATA = f"{GRAPH}.data"
+"""The weights of GRAPH."""
+
 FACTS = "decoder.json"
 """What a session must know that the graph does not say."""
+
+_SMALL_BYTES = 1024
+"""Constants of up to this size are in the graph itself, where shapes are inferred from them."""
 
 
 class DecoderFacts(Model):
@@ -37,7 +45,7 @@ class DecoderFacts(Model):
 
 
 def choose_logits(directory: Path) -> None:
-    """Let the caller of LAST say which positions it wants logits of: add the input FIRST_LOGITS.
+    """Let the caller of GRAPH say which positions it wants logits of: add the input FIRST_LOGITS.
 
     The head is the widest layer of all and serving needs its last row only, quality and drafts need more;
     with an input one graph does for all. The rows are chosen before the head, wherever it is.
@@ -45,7 +53,7 @@ def choose_logits(directory: Path) -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    model = onnx.load(directory / LAST, load_external_data=False)
+    model = onnx.load(directory / GRAPH, load_external_data=False)
     graph = model.graph
     maker = {output: node for node in graph.node for output in node.output}
     head = maker["logits"]
@@ -63,39 +71,80 @@ def choose_logits(directory: Path) -> None:
     logits = next(output for output in graph.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "logits_length"
     del graph.value_info[:]  # what lies behind the head's input has fewer rows now
-    onnx.save(model, directory / LAST)
+    onnx.save(model, directory / GRAPH)
 
 
 def load_decoder(directory: Path) -> Any:
-    """LAST of ``directory`` with its weights, an ``onnx.ModelProto``; a tied embedding in rows of its own."""
+    """GRAPH of ``directory``, an ``onnx.ModelProto``; its weights stay in their file."""
     import onnx
 
-    model = onnx.load(directory / LAST)
-    store_embedding_by_row(model.graph)
-    return model
+    return onnx.load(directory / GRAPH, load_external_data=False)
 
 
-def save_decoder(model: Any, directory: Path) -> None:
-    """Write ``model`` as LAST of ``directory``, its weights in one file beside it."""
-    import onnx
+def save_decoder(model: Any, weights: Path, output: Path) -> None:
+    """Write ``model``, whose weights lie in ``weights``, as GRAPH of ``output`` with one data file beside it.
 
-    onnx.save(model, directory / LAST, save_as_external_data=True, location=f"{LAST}.data")
+    The numbers go from file to file, a tensor at a time.
+    """
+    import onnx_ir
+
+    decoder = onnx_ir.from_proto(model)
+    onnx_ir.external_data.set_base_dir(decoder.graph, weights)
+    onnx_ir.save(decoder, output / GRAPH, external_data=DATA, size_threshold_bytes=_SMALL_BYTES)
 
 
-def store_embedding_by_row(graph: Any) -> None:
+def stored(name: str, array: NDArray[Any], directory: Path, *, over: Any = None) -> Any:
+    """``array`` as an ``onnx.TensorProto`` of a graph in ``directory``: a large one is written to DATA there,
+    in the place of the tensor ``over`` if there is room, else at the end.
+
+    A protobuf message keeps the memory of all it ever held, so that a graph whose weights are replaced one
+    by one would hold both the old and the new.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    if array.nbytes <= _SMALL_BYTES:
+        return numpy_helper.from_array(array, name)
+    path = directory / DATA
+    room = None if over is None else _room(over, array.nbytes)
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        offset = file.seek(0, os.SEEK_END) if room is None else file.seek(room)
+        file.write(np.ascontiguousarray(array).data)
+    tensor = TensorProto(
+        name=name,
+        dims=array.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+        data_location=TensorProto.EXTERNAL,
+    )
+    for key, value in {"location": DATA, "offset": offset, "length": array.nbytes}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _room(tensor: Any, size_bytes: int) -> int | None:
+    """Where in DATA ``tensor`` begins, if it lies there and is large enough."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    fits = place.get("location") == DATA and int(place["length"]) >= size_bytes
+    return int(place["offset"]) if fits else None
+
+
+def store_embedding_by_row(directory: Path) -> None:
     """Give a tied embedding rows of its own where the builder looks it up in the transposed head.
 
     Otherwise ONNX Runtime transposes the matrix when it loads the graph and keeps the copy in memory. Rows
     that lie in the file are mapped, and only those that are looked up are ever read.
     """
+    import onnx
     from onnx import numpy_helper
 
+    model = load_decoder(directory)
+    graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Transpose"]:
         readers = [reader for reader in graph.node if node.output[0] in reader.input]
         if node.input[0] in constants and all(reader.op_type == "Gather" for reader in readers):
-            rows = np.ascontiguousarray(numpy_helper.to_array(constants[node.input[0]]).T)
-            graph.initializer.append(numpy_helper.from_array(rows, f"{node.output[0]}/rows"))
+            rows = numpy_helper.to_array(constants[node.input[0]], str(directory)).T
+            graph.initializer.append(stored(f"{node.output[0]}/rows", rows, directory))
             for reader in readers:
                 reader.input[0] = f"{node.output[0]}/rows"
             graph.node.remove(node)
+    onnx.save(model, directory / GRAPH)

@@ -31,13 +31,13 @@ _LARGEST = np.float32(127)
 def int8_export(
     source: Path, output: Path, checkpoint: Checkpoint, recipe: OnnxRecipe, facts: DecoderFacts
 ) -> None:
-    """Write LAST and its data into ``output`` from the fp32 export in ``source``.
+    """Write GRAPH and its data into ``output`` from the fp32 export in ``source``.
 
     The head, and the down-projections that the recipe says, get 8-bit weights only: the head multiplies
     one token per call, and the down-projection's inputs are the hardest to round.
     """
     model = load_decoder(source)
-    decoder = Decoder(model.graph)
+    decoder = Decoder(model.graph, source)
     roles = decoder.roles()
     kept = {"head", "down"} if recipe.weight_only_down == "all" else {"head"}
     linears = [linear for linear in decoder.linears() if roles[linear.output] not in kept]
@@ -56,7 +56,8 @@ def int8_export(
     }
     scales = fit(decoder, linears, seen, frozenset(fixed))
     compute_in_int8(decoder, linears, scales)
-    save_decoder(weight_only(model, recipe), output)
+    weight_only(model, source, recipe)
+    save_decoder(model, source, output)
 
 
 def _added_to(decoder: Decoder, linears: list[Linear]) -> set[str]:

@@ -7,10 +7,13 @@ them. Weights are ``float32[inputs, outputs]``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from open_autoglm.export.graph import stored
 
 Matrix = NDArray[np.float32]
 Vector = NDArray[np.float32]
@@ -50,10 +53,15 @@ class Linear:
 
 
 class Decoder:
-    """A graph and an index over it. Initializers may be changed and added through it, nodes may not."""
+    """A graph whose weights lie in files of ``directory``, and an index over it.
 
-    def __init__(self, graph: Any) -> None:
+    Initializers may be changed and added through it, nodes may not. One weight at a time is in memory:
+    what is changed or added goes to the file as well (:func:`~open_autoglm.export.graph.stored`).
+    """
+
+    def __init__(self, graph: Any, directory: Path) -> None:
         self.graph = graph
+        self._directory = directory
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._maker = {output: node for node in graph.node for output in node.output}
         self._readers: dict[str, list[Any]] = {}
@@ -159,24 +167,25 @@ class Decoder:
         """How many nodes read a value."""
         return len(self._readers.get(value, ()))
 
+    def constant(self, name: str) -> Any:
+        """An initializer as the graph has it: a large one names its place in a file."""
+        return self._constants[name]
+
     def value(self, name: str) -> Matrix:
         """An initializer as an array, read only."""
         from onnx import numpy_helper
 
-        array: Matrix = numpy_helper.to_array(self._constants[name])
+        array: Matrix = numpy_helper.to_array(self._constants[name], str(self._directory))
         return array
 
     def replace(self, name: str, array: NDArray[Any]) -> None:
         """Give an initializer another value."""
-        from onnx import numpy_helper
-
-        self._constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        constant = self._constants[name]
+        constant.CopyFrom(stored(name, array, self._directory, over=constant))
 
     def add(self, name: str, array: NDArray[Any]) -> str:
         """Add an initializer and return its name; one that is there already stays."""
-        from onnx import numpy_helper
-
         if name not in self._constants:
-            self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+            self.graph.initializer.append(stored(name, array, self._directory))
             self._constants[name] = self.graph.initializer[-1]
         return name

@@ -57,7 +57,7 @@ def library_versions() -> dict[str, str]:
 
 
 def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportContext) -> str:
-    """Write LAST, its data and the decoder facts into ``context.output``; return the route's name.
+    """Write GRAPH, its data and the decoder facts into ``context.output``; return the route's name.
 
     Raises NoRoute, or what the route raises.
     """

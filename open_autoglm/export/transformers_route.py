@@ -32,12 +32,11 @@ def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
     """Write ``model.onnx`` (logits of every position) and its data file into ``output``."""
     import onnx
 
-    exported = _trace(checkpoint)
-    exported.save_pretrained(str(scratch))
+    _trace(checkpoint).save_pretrained(str(scratch))
     graph_file = next(scratch.rglob("*.onnx"))
-    model = onnx.load(graph_file)
+    model = onnx.load(graph_file, load_external_data=False)
     _rename_cache(model.graph)
-    save_decoder(model, output)
+    save_decoder(model, graph_file.parent, output)
 
 
 def _trace(checkpoint: Checkpoint) -> Any:

@@ -29,7 +29,8 @@ from benchmarks.peer_child import FirstAnswer, PeerJob
 from benchmarks.peer_table import Row, judge_targets, make_report, peers_table, shared_prefix, targets_table
 from benchmarks.plots import peers_plot
 from benchmarks.runtimes import PREPARATIONS, Source
-from open_autoglm.engines.contract import threads_of
+from open_autoglm import engines
+from open_autoglm.engines.contract import NO_DRAFTS, draft_tokens_of, threads_of
 from open_autoglm.errors import StudyError
 from open_autoglm.files import digest_of, directory_atomic, write_atomic
 from open_autoglm.measure.isolation import Answer, Child, Failure
@@ -38,6 +39,7 @@ from open_autoglm.measure.lease import device_lease
 from open_autoglm.measure.racing import Outcome, Rules, run_race
 from open_autoglm.measure.scenarios import figure_of, warm_up
 from open_autoglm.planning import plan
+from open_autoglm.pruning.levels import with_pruning
 from open_autoglm.schemas import Candidate, Knob, Model, QualityReport, Round, Trial
 from open_autoglm.study import RESULT, load_study
 from open_autoglm.trials import (
@@ -141,13 +143,22 @@ class Contestant(NamedTuple):
 
 
 def our_candidates(laboratory: Laboratory, study: Path | None, ids: str | None) -> list[Candidate]:
-    """Those named, or the champion of a study: the one named, or the newest of this checkpoint."""
+    """Those named, or the champion of a study: the one named, or the newest of this checkpoint.
+
+    A champion that drafts runs without drafts as well, since none of the others drafts here.
+    """
     if ids is None:
-        return [_champion_of(laboratory, study)]
+        champion = _champion_of(laboratory, study)
+        return [champion] if draft_tokens_of(champion) == 0 else [champion, _without_drafts(champion)]
     proposed = {candidate.id: candidate for candidate in laboratory.candidates()}
     if missing := [name for name in ids.split(",") if name not in proposed]:
         raise SystemExit(f"no candidate {', '.join(missing)}: there are {', '.join(proposed)}")
     return [proposed[name] for name in ids.split(",")]
+
+
+def _without_drafts(candidate: Candidate) -> Candidate:
+    plain = engines.get(candidate.engine).variant(candidate, NO_DRAFTS)
+    return with_pruning(plain, candidate.transform)
 
 
 def _champion_of(laboratory: Laboratory, root: Path | None) -> Candidate:

@@ -39,7 +39,17 @@ def peers_plot(rows: Sequence[Row], champion: str, form: str) -> bytes:
         axes.scatter(ttft.median, speed.median, s=area, color=color, alpha=0.45, marker=marker, linewidths=0)
         label = f"{row.name}\n{row.memory_bytes / 1e6:.0f} MB"
         at = (ttft.median, speed.median)
-        axes.annotate(label, at, xytext=(8, 6), textcoords="offset points", fontsize=8, color=INK)
+        # Our other configurations lie close to the champion: their names go below.
+        below = row.ours and row.name != champion
+        axes.annotate(
+            label,
+            at,
+            xytext=(8, -8 if below else 6),
+            va="top" if below else "bottom",
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+        )
     axes.set_xlabel("time to the first token, ms (less is better)")
     axes.set_ylabel("decode, tokens/s (more is better)")
     axes.margins(0.18)

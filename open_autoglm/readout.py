@@ -242,12 +242,13 @@ def quality_words(trial: Trial) -> str:
 
 def miss_words(miss: Miss) -> str:
     """'peak memory 341 MiB, limit 200 MiB, 70.7 % beyond'."""
+    name, beyond = LIMIT_WORDS.get(miss.limit, miss.limit), excess(miss)
+    decimals = next((d for d in (1, 2, 3) if round(abs(beyond) * 100, d) > 0), 4)  # never "0.0 % beyond"
     if miss.limit in ("min_quality", "max_token_flips"):
-        found, allowed = percent(miss.measured), percent(miss.allowed)
+        found, allowed = percent(miss.measured, decimals), percent(miss.allowed, decimals)
     else:
         found, allowed = quantity(miss.measured, miss.unit), quantity(miss.allowed, miss.unit)
-    name = LIMIT_WORDS.get(miss.limit, miss.limit)
-    return f"{name} {found}, limit {allowed}, {percent(excess(miss))} beyond"
+    return f"{name} {found}, limit {allowed}, {percent(beyond, decimals)} beyond"
 
 
 def why(trial: Trial) -> list[str]:

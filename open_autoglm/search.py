@@ -26,7 +26,7 @@ LEADERS = 2
 BEHIND = 1.5
 """Nobody this many times worse than the best is looked around: one knob does not make up for that."""
 
-MOST_PER_GENERATION = 14
+MOST_PER_GENERATION = 16
 """Candidates to screen in one generation; those that are vetoed cost nothing and are not counted."""
 
 

@@ -80,6 +80,8 @@ def test_a_miss_is_told_in_the_units_people_use() -> None:
     assert readout.miss_words(flips) == "token flips 13.4 %, limit 10.0 %, 34.0 % beyond"
     assert readout.miss_words(memory) == "peak memory 1,536 MiB, limit 1,024 MiB, 50.0 % beyond"
     assert readout.miss_words(quality) == "quality kept 98.0 %, limit 99.0 %, 1.0 % beyond"
+    narrowly = quality.model_copy(update={"measured": 0.98979})
+    assert readout.miss_words(narrowly) == "quality kept 98.98 %, limit 99.00 %, 0.02 % beyond"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from studies import demo_analysis
@@ -219,13 +220,13 @@ def test_quality_in_doubt_does_not_end_a_search() -> None:
     assert short(refine([screened(W8, 600, kept=quality(0.985, clear=False))])) == AROUND_W8
 
 
-def test_a_generation_is_limited_and_shared() -> None:
+def test_a_generation_is_limited_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than so many are screened at once, half of them around each leader, each one's first knobs."""
     start = [screened(W8, 400), screened(W4, 500)]
-    half = MOST_PER_GENERATION // 2
-    around_w4 = short(neighbours(W4, {W4.id}, ANALYSIS, SPEC))
-    assert short(refine(start)) == AROUND_W8[:half] + around_w4[:half]
     assert len(refine(start, objective="memory")) == MOST_PER_GENERATION
+    monkeypatch.setattr("open_autoglm.search.MOST_PER_GENERATION", 8)
+    around_w4 = short(neighbours(W4, {W4.id}, ANALYSIS, SPEC))
+    assert short(refine(start)) == AROUND_W8[:4] + around_w4[:4]
 
 
 def test_places_that_one_leader_does_not_need_are_the_others() -> None:

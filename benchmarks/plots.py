@@ -37,14 +37,12 @@ def peers_plot(rows: Sequence[Row], champion: str, form: str) -> bytes:
         area = POINTS_PER_MB * row.memory_bytes / 1e6
         marker = "*" if row.name == champion else "o"
         axes.scatter(ttft.median, speed.median, s=area, color=color, alpha=0.45, marker=marker, linewidths=0)
-        label = f"{row.name}\n{row.memory_bytes / 1e6:.0f} MB"
-        at = (ttft.median, speed.median)
-        # Our other configurations lie close to the champion: their names go below.
-        below = row.ours and row.name != champion
+        name = row.name.removeprefix("onnxruntime-") if row.ours else row.name
+        below = row.ours and row.name != champion  # close to the champion
         axes.annotate(
-            label,
-            at,
-            xytext=(8, -8 if below else 6),
+            f"{name}, {row.memory_bytes / 1e6:.0f} MB",
+            (ttft.median, speed.median),
+            xytext=(8, -5 if below else 5),
             va="top" if below else "bottom",
             textcoords="offset points",
             fontsize=8,
@@ -115,6 +113,9 @@ def growth_plot(points: Sequence[Point], form: str) -> bytes:
 
 def _draw_curves(axes: Axes, points: Sequence[Point], curve: Curve, row: int) -> None:
     names = sorted({point.candidate for point in points})
+    places = sorted({point.place.along(curve) for point in points})
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.xaxis.minorticks_off()
     for color, name in zip(COLORS, names, strict=False):
         own = [(p.place.along(curve), p.figures) for p in points if p.candidate == name and p.figures]
         own.sort(key=lambda point: point[0])

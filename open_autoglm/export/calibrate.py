@@ -48,7 +48,7 @@ def calibration_windows(checkpoint: Checkpoint) -> NDArray[np.int64]:
 def observe(
     directory: Path, values: Sequence[str], windows: NDArray[np.int64], facts: DecoderFacts
 ) -> dict[str, Activations]:
-    """Run the graph GRAPH of ``directory`` over ``windows``; samples of ``values[1, tokens, channels]``."""
+    """Run GRAPH of ``directory`` over ``windows``; samples of ``values[1, tokens, channels]``."""
     import onnxruntime as ort
 
     path = directory / "calibration.onnx"  # beside GRAPH: the graph names its data file without a folder

@@ -37,7 +37,7 @@ class Step(NamedTuple):
     logits: Logits
     """``float32[batch, vocab]``: what the last of them was chosen from."""
     drafted: int = 0
-    """Tokens of the draft that the call read."""
+    """Tokens of the draft that the call read, the one that only keeps it from a single row included."""
 
 
 def greedy(session: Session, prompts: Tokens, count: int, draft_tokens: int = 0) -> Iterator[Step]:

@@ -77,7 +77,7 @@ class Session(Protocol):
 @runtime_checkable
 class Verifier(Session, Protocol):
     """A session that can also read several tokens in one call and forget some again, so that drafts can be
-    verified (:mod:`open_autoglm.generation`). An engine whose sessions are such offers `draft_dimension`."""
+    verified (:mod:`open_autoglm.generation`). An engine whose sessions are such offers `draft_dimensions`."""
 
     def extend(self, tokens: Tokens) -> Logits:
         """Append ``int64[1, n]`` to the cache of one prompt; logits of each, ``float32[1, n, vocab]``.

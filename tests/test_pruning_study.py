@@ -23,7 +23,7 @@ from open_autoglm.measure.isolation import Failure
 from open_autoglm.planning import judge, plan
 from open_autoglm.pruning import store
 from open_autoglm.pruning.importance import load_fp32
-from open_autoglm.pruning.levels import levels, removed_parameters, with_pruning
+from open_autoglm.pruning.levels import first_steps, levels, removed_parameters, with_pruning
 from open_autoglm.pruning.store import discard, pruned_checkpoint
 from open_autoglm.records import trial_params
 from open_autoglm.roofline import capacity_bytes
@@ -181,16 +181,17 @@ def test_pruning_composes_with_quantisation(
 
 
 def test_a_plan_has_pruned_candidates_if_asked() -> None:
-    """Of each engine its best kind, with the smallest step; the reference is never pruned."""
+    """Of each engine its best kind, with the smallest step in heads and in groups; never the reference."""
     plain = plan(demo_analysis(), OptimizeSpec(model_path="here"), "cpu")
     asked = {c.id: c for c in plan(demo_analysis(), SPEC, "cpu")}
     added = asked.keys() - {c.id for c in plain}
     assert {"onnxruntime-w8-b32-heads6of9", "torch-bf16-heads6of9"} <= added
-    assert all(asked[name].id.endswith("-heads6of9") for name in added)
+    assert {"onnxruntime-w8-b32-heads6of9-kv2of3", "torch-bf16-heads6of9-kv2of3"} <= added
+    assert {asked[name].transform for name in added} == set(first_steps(demo_analysis().profile))
     assert all(c.transform is None for c in plain)
     candidate = asked["onnxruntime-w8-b32-heads6of9"]
     assert candidate.transform == levels(demo_analysis().profile)[0]
-    assert "6 of 9 heads in each layer" in candidate.proposed_because
+    assert "6 of 9 heads in each layer, 3 of 3 groups: 25%" in candidate.proposed_because
     assert (candidate.reference, candidate.baseline) == (False, False)
 
 

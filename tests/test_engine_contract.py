@@ -28,6 +28,7 @@ from open_autoglm.engines.contract import (
     ExportContext,
     Session,
     SessionOptions,
+    Slotted,
     Tokens,
     Verifier,
 )
@@ -356,6 +357,101 @@ def test_no_token_depends_on_the_drafts(served: Served) -> None:
     np.testing.assert_array_equal(answers[7], answers[1])
     if served.candidate.precision == "fp32":
         np.testing.assert_array_equal(answers[1], answers[0])
+
+
+# ── slots ────────────────────────────────────────────────────────────────────────────────────────
+
+SLOTS = 4
+LENGTHS = (5, 17, 32, 9)
+"""Of the prompts in the slots; each takes its tokens from a row of ``TEXTS``."""
+TEXTS: Tokens = np.random.default_rng(4).integers(4, VOCAB_SIZE, (SLOTS, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def slotted(served: Served) -> Iterator[Slotted]:
+    with served.opened(batch_size=SLOTS) as session:
+        if not isinstance(session, Slotted):
+            pytest.skip(f"sessions of {served.candidate.engine} have no slots")
+        session.prefill(TEXTS[:, :LENGTH])  # what was there before must not show
+        yield session
+
+
+def fill(session: Slotted) -> Numbers:
+    """Every slot emptied and given its prompt; the logits of each one's end, ``float32[slots, vocab]``."""
+    for slot in range(SLOTS):
+        session.truncate(slot, 0)
+    return np.stack([session.append(slot, TEXTS[slot, :n]) for slot, n in enumerate(LENGTHS)])
+
+
+def alone(session: Slotted, slot: int, start: int, count: int) -> Numbers:
+    """What the same kernels say of a slot's text when nobody else is there, token by token."""
+    text = TEXTS[slot : slot + 1]
+    return decoded(session, text[:, : start + count - 1], prompt=start)[0]
+
+
+def test_slots_of_different_lengths_do_not_see_each_other(
+    slotted: Slotted, served: Served, checkpoints: dict[str, Checkpoint]
+) -> None:
+    """Prompts of different lengths, then tokens for all of them at once: each slot answers its own text."""
+    expected = by_transformers(checkpoints[served.family], TEXTS)
+    found = [fill(slotted)]
+    for step in range(6):
+        tokens = np.array([TEXTS[slot, n + step] for slot, n in enumerate(LENGTHS)])
+        found.append(slotted.advance(range(SLOTS), tokens))
+    for slot, start in enumerate(LENGTHS):
+        answers = np.stack(found)[:, slot]
+        assert_true(answers, expected[slot, start - 1 : start + 6], served.candidate)
+        assert_alike(answers, alone(slotted, slot, start, 7), served.candidate)
+
+
+def test_slots_join_and_leave(slotted: Slotted, served: Served) -> None:
+    """Some advance, in any order, while others wait, begin anew or read a prompt: nobody loses his place."""
+    fill(slotted)
+    places = list(LENGTHS)
+
+    def advance(*slots: int) -> Numbers:
+        logits = slotted.advance(slots, np.array([TEXTS[slot, places[slot]] for slot in slots]))
+        for slot in slots:
+            places[slot] += 1
+        return logits
+
+    advance(3, 0)  # 1 and 2 wait in between
+    slotted.truncate(1, 0)
+    advance(0, 2)
+    slotted.append(1, TEXTS[1, :4])
+    places[1] = 4
+    found = advance(2, 1, 0, 3)
+    expected = np.stack([alone(slotted, slot, places[slot], 1)[0] for slot in (2, 1, 0, 3)])
+    assert_alike(found, expected, served.candidate)
+
+
+def test_a_prompt_can_be_read_in_pieces(slotted: Slotted, served: Served) -> None:
+    """Between which other slots advance; and what is cut off can be said otherwise."""
+    fill(slotted)
+    slotted.truncate(2, 0)
+    slotted.append(2, TEXTS[2, :10])
+    slotted.advance([0, 1], TEXTS[:2, 40])
+    slotted.append(2, TEXTS[3, 10:30])
+    slotted.truncate(2, 10)
+    found = slotted.append(2, TEXTS[2, 10:32])
+    assert_alike(found[None], alone(slotted, 2, 32, 1), served.candidate)
+
+
+def test_a_full_slot_is_a_value_error(slotted: Slotted, served: Served) -> None:
+    """It waits where it is, whatever the others do, and can be shortened; so much is left of every slot."""
+    fill(slotted)
+    slotted.append(1, TEXTS[1, LENGTHS[1] :])
+    with pytest.raises(ValueError, match=str(LENGTH)):
+        slotted.advance([0, 1], TEXTS[:2, 0])
+    with pytest.raises(ValueError, match=str(LENGTH)):
+        slotted.append(1, TEXTS[1, :1])
+    with pytest.raises(ValueError, match=r"holds 5 tokens, not 6"):
+        slotted.truncate(0, 6)
+    found = slotted.advance([0, 2], np.array([TEXTS[0, 5], TEXTS[2, 32]]))  # 1 is full and in between
+    slotted.truncate(1, LENGTH - 1)
+    last = slotted.append(1, TEXTS[1, LENGTH - 1 :])
+    expected = [alone(slotted, slot, n, 1)[0] for slot, n in ((0, 6), (2, 33), (1, LENGTH))]
+    assert_alike(np.stack([*found, last]), np.stack(expected), served.candidate)
 
 
 def test_a_full_cache_is_a_value_error(served: Served) -> None:

@@ -19,7 +19,7 @@ from tiny_models import VOCAB_SIZE, build_checkpoint
 
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, SessionOptions
-from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
+from open_autoglm.engines.onnxruntime_session import open_session
 from open_autoglm.errors import UserError
 from open_autoglm.export import genai_route, routes
 from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts, choose_logits
@@ -118,7 +118,7 @@ def test_each_family_is_exported_by_its_route_and_equals_torch(
     taken, output = export(checkpoint, FP32, tmp_path)
     assert taken == route
     expected = torch_logits(checkpoint, TOKENS)
-    session = OnnxRuntimeSession(output, SessionOptions(batch_size=2, max_tokens=24, threads=1))
+    session = open_session(output, SessionOptions(batch_size=2, max_tokens=24, threads=1))
     np.testing.assert_allclose(session.full_logits(TOKENS), expected, atol=1e-3)
     np.testing.assert_allclose(session.prefill(TOKENS[:, :20]), expected[:, 19], atol=1e-3)
     for position in range(20, 24):

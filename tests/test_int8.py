@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.contract import ExportContext, SessionOptions
-from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
+from open_autoglm.engines.onnxruntime_session import open_session
 from open_autoglm.export import genai_route, int8
 from open_autoglm.export.calibrate import Activations, calibration_windows, observe
 from open_autoglm.export.graph import (
@@ -71,7 +71,7 @@ def own(exact: Path, tmp_path: Path) -> Path:
 
 
 def logits(directory: Path) -> Numbers:
-    session = OnnxRuntimeSession(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
+    session = open_session(directory, SessionOptions(batch_size=2, max_tokens=32, threads=1))
     found = session.full_logits(TOKENS)
     session.close()
     return found
@@ -235,7 +235,7 @@ def test_smoothing_moves_outliers_and_changes_no_answer(exact: Path, own: Path, 
     assert changed == {"attention", "mlp", "down"}  # what attention makes takes no scale
     save_decoder(model, own, tmp_path)
     DecoderFacts.read(exact).write(tmp_path)
-    session = OnnxRuntimeSession(tmp_path, SessionOptions(batch_size=2, max_tokens=32, threads=1))
+    session = open_session(tmp_path, SessionOptions(batch_size=2, max_tokens=32, threads=1))
     assert np.allclose(session.prefill(TOKENS), logits(exact)[:, -1], atol=1e-3)
 
 

@@ -48,7 +48,7 @@ class SessionOptions(Model):
 
 @runtime_checkable
 class Session(Protocol):
-    """A loaded model with one KV cache. All rows of a batch have the same length."""
+    """A loaded model with one KV cache. All rows of a batch have the same length, but see `Slotted`."""
 
     def prefill(self, tokens: Tokens) -> Logits:
         """Empty the cache, read ``int64[batch, prompt]``; the last position's ``float32[batch, vocab]``."""
@@ -88,6 +88,32 @@ class Verifier(Session, Protocol):
 
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens. Raises ValueError if it has not read so many."""
+        ...
+
+
+@runtime_checkable
+class Slotted(Session, Protocol):
+    """A session whose ``batch_size`` rows are slots, each with a sequence of its own length that grows, ends
+    and makes room by itself: what a server needs that lets requests join and leave at any token.
+
+    `prefill` and the rest of :class:`Session` use the slots from 0 on and empty all.
+    """
+
+    def append(self, slot: int, tokens: Tokens) -> Logits:
+        """Append ``int64[n]``, a prompt or a piece of one, to a slot; the last one's ``float32[vocab]``.
+
+        Raises ValueError when the slot is full.
+        """
+        ...
+
+    def advance(self, slots: Sequence[int], tokens: Tokens) -> Logits:
+        """Append one token to each of these slots, ``int64[len(slots)]``, and to no other; their
+        ``float32[len(slots), vocab]``. Raises ValueError when one of them is full.
+        """
+        ...
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first ``length`` tokens of a slot; 0 empties it. Raises ValueError if it holds fewer."""
         ...
 
 

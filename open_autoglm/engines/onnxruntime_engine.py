@@ -20,7 +20,7 @@ from open_autoglm.engines.contract import (
     thread_dimension,
     threads_of,
 )
-from open_autoglm.engines.onnxruntime_session import GRAPH_LEVELS, SESSION_KNOBS, OnnxRuntimeSession
+from open_autoglm.engines.onnxruntime_session import GRAPH_LEVELS, SESSION_KNOBS, open_session
 from open_autoglm.export.linears import Role
 from open_autoglm.export.recipe import EXACT, OnnxRecipe, Which
 from open_autoglm.schemas import (
@@ -130,7 +130,7 @@ class OnnxRuntimeEngine:
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         options = options.model_copy(update={"threads": threads_of(candidate, options)})
-        return OnnxRuntimeSession(exported.path, options, candidate.knobs)
+        return open_session(exported.path, options, candidate.knobs)
 
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,18 +35,12 @@ _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
 class OnnxRuntimeSession:
-    """A decoder graph and its KV cache.
-
-    Where the graph allows it (GroupQueryAttention), past and present are one pre-allocated buffer of
-    ``float32[batch, kv_heads, max_tokens, head_dim]``, and the length of the attention mask says how much
-    of it is valid. Otherwise past grows by concatenation.
-    """
+    """A decoder graph and its KV cache; :class:`SlottedSession` where the graph updates that in place."""
 
     def __init__(
         self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
     ) -> None:
         self._facts = DecoderFacts.read(directory)
-        self._shared_buffer = self._facts.kv_cache == "in_place"
         self._options = options
         self._knobs = {**SESSION_KNOBS, **knobs}
         self._session = self._load(directory / GRAPH)
@@ -55,10 +49,8 @@ class OnnxRuntimeSession:
         self._fed = [name for name in inputs if name not in self._past_names]
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._vocab_size = int(self._session.get_outputs()[0].shape[-1])
-        self._binding = self._session.io_binding()
-        self._cache: list[Any] = []
-        self._rows = 0
-        self._length = 0
+        self._lengths = np.zeros(options.batch_size, dtype=np.int64)
+        """Tokens that each row of the cache holds."""
 
     def _load(self, path: Path) -> Any:
         import onnxruntime as ort
@@ -78,71 +70,62 @@ class OnnxRuntimeSession:
 
     def prefill(self, tokens: Tokens) -> Logits:
         self._reset(len(tokens))
-        return self._run(tokens, _LAST_POSITION)[:, -1]
+        return self._run(range(len(tokens)), tokens, _LAST_POSITION)[:, -1]
 
     def decode(self, tokens: Tokens) -> Logits:
-        return self._run(tokens[:, None], _LAST_POSITION)[:, -1]
+        return self._run(range(len(tokens)), tokens[:, None], _LAST_POSITION)[:, -1]
 
     def full_logits(self, tokens: Tokens) -> Logits:
         self._reset(len(tokens))
-        return self._run(tokens, _EVERY_POSITION)
+        return self._run(range(len(tokens)), tokens, _EVERY_POSITION)
 
     def extend(self, tokens: Tokens) -> Logits:
-        return self._run(tokens, _EVERY_POSITION)
+        return self._run(range(1), tokens, _EVERY_POSITION)
 
     def rewind(self, tokens: int) -> None:
-        if not 0 <= tokens <= self._length:
-            raise ValueError(f"{self._length} tokens were read, {tokens} cannot be forgotten")
-        self._length -= tokens
-        if tokens and not self._shared_buffer:
-            kept = [np.ascontiguousarray(value.numpy()[:, :, : self._length]) for value in self._cache]
-            self._bind_cache([_on_cpu(array) for array in kept])
+        length = int(self._lengths[0])
+        if not 0 <= tokens <= length:
+            raise ValueError(f"{length} tokens were read, {tokens} cannot be forgotten")
+        self._shorten(0, length - tokens)
 
     def _reset(self, rows: int) -> None:
+        """Empty the cache for so many rows."""
         if rows > self._options.batch_size:
             raise ValueError(f"batch of {rows} in a session opened for {self._options.batch_size}")
-        self._length = 0
-        if rows == self._rows and self._shared_buffer:
-            return  # stale contents lie beyond the mask
-        self._rows = rows
-        length = self._options.max_tokens if self._shared_buffer else 0
-        shape = (rows, self._facts.kv_heads, length, self._facts.head_dim)
-        # Values share the memory of their arrays: every layer needs an array of its own.
-        self._bind_cache([_on_cpu(np.zeros(shape, dtype=np.float32)) for _ in self._past_names])
+        self._lengths[:] = 0
 
-    def _bind_cache(self, cache: list[Any]) -> None:
-        """Let the graph read ``cache``, and write into it where past and present are one."""
-        self._cache = cache
-        for past, present, value in zip(self._past_names, self._present_names, cache, strict=True):
-            self._binding.bind_ortvalue_input(past, value)
-            if self._shared_buffer:
-                self._binding.bind_ortvalue_output(present, value)
+    def _shorten(self, row: int, length: int) -> None:
+        self._lengths[row] = length
 
-    def _run(self, tokens: Tokens, first_logits: int) -> Logits:
-        """Append ``int64[batch, n]``; logits of the positions from ``first_logits`` on."""
-        rows, added = tokens.shape
-        length = self._length + added
-        if length > self._options.max_tokens:
-            raise ValueError(f"the cache holds {self._options.max_tokens} tokens, {length} were asked for")
+    def _bound(self, rows: range) -> Any:
+        """A binding that reads the cache of ``rows`` and knows where its next contents go."""
+        raise NotImplementedError
+
+    def _run(self, rows: range, tokens: Tokens, first_logits: int, idle: Sequence[int] = ()) -> Logits:
+        """Append ``int64[batch, n]`` to the cache of ``rows``, but for those that are ``idle``; logits of
+        the positions from ``first_logits`` on."""
+        added = tokens.shape[1]
+        lengths = self._lengths[rows.start : rows.stop] + added
+        room = self._options.max_tokens
+        # What an idle row reads lies behind its last token, where the next one will overwrite it.
+        lengths[list(idle)] = np.minimum(lengths[list(idle)], room)
+        if lengths.max() > room:
+            raise ValueError(f"the cache holds {room} tokens, {lengths.max()} were asked for")
         feeds = {
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
-            "attention_mask": np.ones((rows, length), dtype=np.int64),
-            "position_ids": np.tile(np.arange(self._length, length, dtype=np.int64), (rows, 1)),
+            "attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64),
+            "position_ids": lengths[:, None] - np.arange(added, 0, -1),
             FIRST_LOGITS: np.array([first_logits]),
         }
-        # Bound once and for all but for what changes: 6 % of a token of a small model went into binding.
+        binding = self._bound(rows)
         for name in self._fed:
-            self._binding.bind_cpu_input(name, feeds[name])
+            binding.bind_cpu_input(name, feeds[name])
         given = 1 if first_logits == _LAST_POSITION and FIRST_LOGITS in self._fed else added
-        logits: Logits = np.empty((rows, given, self._vocab_size), dtype=np.float32)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        if not self._shared_buffer:
-            for name in self._present_names:
-                self._binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(self._binding)
-        if not self._shared_buffer:
-            self._bind_cache(self._binding.get_outputs()[1:])
-        self._length = length
+        logits: Logits = np.empty((len(rows), given, self._vocab_size), dtype=np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        lengths[list(idle)] = self._lengths[rows.start : rows.stop][list(idle)]
+        self._lengths[rows.start : rows.stop] = lengths
         return logits
 
     def facts(self) -> dict[str, str]:
@@ -162,15 +145,109 @@ class OnnxRuntimeSession:
         }
 
     def close(self) -> None:
-        self._session = self._binding = None
-        self._cache = []
+        self._session = None
+
+
+class GrowingSession(OnnxRuntimeSession):
+    """Past and present are tensors of their own: each call concatenates and leaves a longer cache."""
+
+    def __init__(
+        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+    ) -> None:
+        super().__init__(directory, options, knobs)
+        self._binding = self._session.io_binding()
+        self._cache: list[Any] = []
+
+    def _reset(self, rows: int) -> None:
+        super()._reset(rows)
+        shape = (rows, self._facts.kv_heads, 0, self._facts.head_dim)
+        self._cache = [_on_cpu(np.zeros(shape, dtype=np.float32)) for _ in self._past_names]
+
+    def _shorten(self, row: int, length: int) -> None:
+        super()._shorten(row, length)
+        kept = [np.ascontiguousarray(value.numpy()[:, :, :length]) for value in self._cache]
+        self._cache = [_on_cpu(array) for array in kept]
+
+    def _bound(self, rows: range) -> Any:
+        for past, present, value in zip(self._past_names, self._present_names, self._cache, strict=True):
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_output(present, "cpu")
+        return self._binding
+
+    def _run(self, rows: range, tokens: Tokens, first_logits: int, idle: Sequence[int] = ()) -> Logits:
+        logits = super()._run(rows, tokens, first_logits, idle)
+        self._cache = self._binding.get_outputs()[: len(self._cache)]
+        return logits
+
+    def close(self) -> None:
+        super().close()
+        self._binding, self._cache = None, []
+
+
+class SlottedSession(OnnxRuntimeSession):
+    """Past and present are one buffer, ``float32[batch, kv_heads, max_tokens, head_dim]`` a layer: as
+    GroupQueryAttention has it, which reads from the attention mask how much of each row is valid.
+
+    So every row is a slot, with a sequence of its own. The operator appends several tokens to a past for one
+    row only: prompts are read slot by slot, which costs nothing where one prompt keeps all cores busy.
+    """
+
+    def __init__(
+        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+    ) -> None:
+        super().__init__(directory, options, knobs)
+        shape = (options.batch_size, self._facts.kv_heads, options.max_tokens, self._facts.head_dim)
+        self._buffers = [np.zeros(shape, dtype=np.float32) for _ in self._past_names]
+        self._bindings: dict[range, Any] = {}
+
+    def append(self, slot: int, tokens: Tokens) -> Logits:
+        logits: Logits = self._run(range(slot, slot + 1), tokens[None], _LAST_POSITION)[0, -1]
+        return logits
+
+    def advance(self, slots: Sequence[int], tokens: Tokens) -> Logits:
+        rows = range(min(slots), max(slots) + 1)
+        places = [slot - rows.start for slot in slots]
+        spread = np.zeros((len(rows), 1), dtype=np.int64)
+        spread[places, 0] = tokens
+        idle = [place for place in range(len(rows)) if place not in places]
+        logits: Logits = self._run(rows, spread, _LAST_POSITION, idle)[places, -1]
+        return logits
+
+    def truncate(self, slot: int, length: int) -> None:
+        if not 0 <= length <= self._lengths[slot]:
+            raise ValueError(f"slot {slot} holds {self._lengths[slot]} tokens, not {length}")
+        self._shorten(slot, length)
+
+    def _bound(self, rows: range) -> Any:
+        """Bound once and kept: 6 % of a token of a small model went into binding the cache anew."""
+        if rows not in self._bindings:
+            binding = self._bindings[rows] = self._session.io_binding()
+            for past, present, buffer in zip(
+                self._past_names, self._present_names, self._buffers, strict=True
+            ):
+                value = _on_cpu(buffer[rows.start : rows.stop])
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+        return self._bindings[rows]
+
+    def close(self) -> None:
+        super().close()
+        self._bindings, self._buffers = {}, []
+
+
+def open_session(
+    directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+) -> OnnxRuntimeSession:
+    """The session that fits the graph in ``directory``."""
+    kind = SlottedSession if DecoderFacts.read(directory).kv_cache == "in_place" else GrowingSession
+    return kind(directory, options, knobs)
 
 
 _LAST_POSITION, _EVERY_POSITION = -1, 0
 
 
 def _on_cpu(array: Any) -> Any:
-    """An OrtValue that shares the memory of ``array``, which it keeps alive."""
+    """An OrtValue that shares the memory of ``array``, which must lie in one piece and be kept alive."""
     import onnxruntime as ort
 
     return ort.OrtValue.ortvalue_from_numpy(array)

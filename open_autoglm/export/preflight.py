@@ -96,9 +96,9 @@ def check_route(route: Any, checkpoint: Checkpoint, config: Any, scratch: Path) 
 
 
 def _compare(output: Path, tokens: Any, expected: Any) -> None:
-    from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession
+    from open_autoglm.engines.onnxruntime_session import open_session
 
-    session = OnnxRuntimeSession(output, SessionOptions(batch_size=2, max_tokens=_TOKENS + 3, threads=1))
+    session = open_session(output, SessionOptions(batch_size=2, max_tokens=_TOKENS + 3, threads=1))
     found = [session.prefill(tokens[:, :_PROMPT])]
     found += [session.decode(tokens[:, position]) for position in range(_PROMPT, _TOKENS)]
     session.close()

@@ -144,7 +144,9 @@ def pruned_variants(candidates: Sequence[Candidate], profile: ModelProfile, seed
 def _saving(profile: ModelProfile, step: HeadPruning) -> str:
     share = removed_parameters(profile, step) / attention_parameters(profile)
     heads = f"{step.heads} of {step.of_heads} heads in each layer"
-    return f"{heads}, {step.kv_groups} of {step.of_kv_groups} groups: {share:.0%} of attention's parameters go"
+    return (
+        f"{heads}, {step.kv_groups} of {step.of_kv_groups} groups: {share:.0%} of attention's parameters go"
+    )
 
 
 def _most_promising(candidates: Sequence[Candidate]) -> Candidate:

@@ -1,0 +1,241 @@
+"""From a standard ONNX graph to a TensorRT plan: one strongly typed network, a profile for each regime.
+
+Precision lies in the graph alone: a strongly typed network computes in the types that the graph says, which
+is the one way that TensorRT 10, 11 and TensorRT-RTX share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from open_autoglm.export.graph import DATA, FIRST_LOGITS, GRAPH, load_decoder
+from open_autoglm.export.tensorrt_api import (
+    Builder,
+    BuilderConfig,
+    Flavour,
+    Log,
+    Network,
+    Tensor,
+    TensorRT,
+    TensorRTFailure,
+    load,
+)
+from open_autoglm.export.tensorrt_plan import (
+    PLAN,
+    RECORD,
+    REGIMES,
+    RUNTIME_CACHE,
+    InputRange,
+    PlanHost,
+    PlanRecord,
+    PlanSizes,
+    Regime,
+    host_gpu,
+)
+from open_autoglm.export.tensorrt_runtime import OpenPlan
+from open_autoglm.files import digest_files, digest_of, write_atomic
+from open_autoglm.schemas import FileDigest
+
+PAST, PRESENT = "past_key_values.", "present."
+"""How the names of the cache's inputs and outputs begin."""
+
+
+def build_plan(
+    graph: Path,
+    output: Path,
+    sizes: PlanSizes,
+    flavour: Flavour,
+    *,
+    weight_streaming: bool = False,
+    timings: Path,
+) -> PlanRecord:
+    """Build the standard graph in ``graph`` and write the plan and its record into ``output``.
+
+    ``timings`` is a folder where TensorRT's timing caches are kept between builds. Where there is a GPU,
+    the plan is also opened once: that it was built does not mean that it runs.
+    Raises TensorRTFailure, or DeviceOutOfMemoryError where that is the reason.
+    """
+    trt = load(flavour)
+    host = PlanHost(flavour=flavour, version=trt.__version__, gpu=host_gpu())
+    log = Log(trt)
+    builder = _builder(trt, log)
+    network = parse_graph(trt, builder, log, graph, sizes.cache_tokens)
+    profiles = {regime: input_ranges(network, sizes, regime) for regime in REGIMES}
+    config = _config(trt, builder, profiles, weight_streaming=weight_streaming)
+    kept = None if flavour == "tensorrt-rtx" else TimingFile(timings, host)
+    warnings = [] if kept is None else kept.attach(config)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise log.failure(f"{flavour} {trt.__version__} cannot build the graph")
+    if kept is not None:
+        kept.save(config)
+    (output / PLAN).write_bytes(plan)
+    layers = network.num_layers
+    del plan, network, builder, config  # as large as the weights, each
+    can_run, reason = _try(trt, output, weight_streaming) if host.gpu else (None, "no GPU to try it on")
+    record = PlanRecord(
+        host=host,
+        sizes=sizes,
+        profiles=profiles,
+        layers=layers,
+        weight_streaming=weight_streaming,
+        graph_digest=digest_of([f.model_dump() for f in digest_files(graph, _graph_files(graph))]),
+        plan=_digest(output, PLAN),
+        runtime_cache=_digest(output, RUNTIME_CACHE) if (output / RUNTIME_CACHE).exists() else None,
+        can_run=can_run,
+        run_reason=reason,
+        warnings=(*warnings, *dict.fromkeys(log.warnings)),
+    )
+    write_atomic(output / RECORD, record.model_dump_json(indent=2))
+    return record
+
+
+def _graph_files(graph: Path) -> list[Path]:
+    return [path for path in (graph / GRAPH, graph / DATA) if path.exists()]
+
+
+def _digest(directory: Path, name: str) -> FileDigest:
+    return digest_files(directory, [directory / name])[0]
+
+
+# ── the network ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _builder(trt: TensorRT, log: Log) -> Builder:
+    try:
+        return trt.Builder(log.logger)
+    except TypeError as error:  # how the bindings say that TensorRT gave none
+        raise log.failure(f"TensorRT {trt.__version__} cannot start to build here") from error
+
+
+def parse_graph(trt: TensorRT, builder: Builder, log: Log, graph: Path, cache_tokens: int) -> Network:
+    """The network of the standard graph in ``graph``, its cache ``cache_tokens`` long.
+
+    Raises TensorRTFailure with what the parser could not read.
+    """
+    # Needed by TensorRT 10; later ones know no other networks.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse(_with_fixed_cache(graph, cache_tokens), path=str(graph / GRAPH)):
+        said = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise log.failure(f"TensorRT {trt.__version__} cannot read the graph", said)
+    return network
+
+
+def _with_fixed_cache(graph: Path, cache_tokens: int) -> bytes:
+    """The graph with a cache of one length: TensorRT updates it in place only if that is fixed."""
+    model = load_decoder(graph)
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name.startswith((PAST, PRESENT)):
+            value.type.tensor_type.shape.dim[2].dim_value = cache_tokens
+    del model.graph.value_info[:]
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+# ── profiles ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def input_ranges(network: Network, sizes: PlanSizes, regime: Regime) -> tuple[InputRange, ...]:
+    """For each input that is not of one shape, the least, the usual and the largest."""
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    return tuple(
+        _range(tensor, sizes, regime) for tensor in tensors if tensor.is_shape_tensor or -1 in tensor.shape
+    )
+
+
+def _range(tensor: Tensor, sizes: PlanSizes, regime: Regime) -> InputRange:
+    longest = sizes.cache_tokens if regime == "prefill" else 1
+    usual = min(sizes.prompt_tokens, longest)
+    if tensor.name == FIRST_LOGITS:
+        # Counted from the front: for -1, the last, TensorRT could not bound how many rows remain.
+        return InputRange(name=tensor.name, least=(0,), best=(usual - 1,), most=(longest - 1,), values=True)
+
+    def at(rows: int, tokens: int) -> tuple[int, ...]:
+        fixed = tuple(tensor.shape)
+        return tuple(size if size != -1 else (rows, tokens)[axis] for axis, size in enumerate(fixed))
+
+    return InputRange(
+        name=tensor.name,
+        least=at(1, 1),
+        best=at(sizes.batch_size, usual),
+        most=at(sizes.batch_size, longest),
+    )
+
+
+def _config(
+    trt: TensorRT,
+    builder: Builder,
+    profiles: dict[Regime, tuple[InputRange, ...]],
+    *,
+    weight_streaming: bool,
+) -> BuilderConfig:
+    config = builder.create_builder_config()
+    for ranges in profiles.values():
+        profile = builder.create_optimization_profile()
+        for found in ranges:
+            set_range: Callable[..., None] = profile.set_shape_input if found.values else profile.set_shape
+            set_range(found.name, found.least, found.best, found.most)
+        if config.add_optimization_profile(profile) < 0:
+            raise TensorRTFailure(f"TensorRT {trt.__version__} takes no profile with the shapes {ranges}")
+    if weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    return config
+
+
+# ── between builds ───────────────────────────────────────────────────────────────────────────────
+
+
+class TimingFile:
+    """How fast which kernel was in earlier builds, so that a build need not time them all again.
+
+    The file begins with the digest of what follows. It belongs to one version and one type of GPU.
+    """
+
+    def __init__(self, folder: Path, host: PlanHost) -> None:
+        self.path = folder / f"{host.flavour}-{host.version}-{digest_of(str(host.gpu))[:12]}.timings"
+
+    def attach(self, config: BuilderConfig) -> list[str]:
+        """Give ``config`` what is known; the warnings are about what was thrown away."""
+        known, warnings = self._read()
+        if known and not _attach(config, known):
+            warnings, known = [f"TensorRT refused the timing cache {self.path.name}: it was made anew"], b""
+        if not known and not _attach(config, b""):
+            warnings.append("TensorRT takes no timing cache")
+        return warnings
+
+    def _read(self) -> tuple[bytes, list[str]]:
+        if not self.path.exists():
+            return b"", []
+        digest, _, content = self.path.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            return b"", [f"the timing cache {self.path.name} was damaged: it was made anew"]
+        return content, []
+
+    def save(self, config: BuilderConfig) -> None:
+        """Keep what ``config`` knows after a build."""
+        timings = config.get_timing_cache()
+        if timings is not None:
+            content = bytes(timings.serialize())
+            write_atomic(self.path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def _attach(config: BuilderConfig, known: bytes) -> bool:
+    timings = config.create_timing_cache(known)
+    return timings is not None and config.set_timing_cache(timings, ignore_mismatch=False)
+
+
+# ── afterwards ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _try(trt: TensorRT, output: Path, weight_streaming: bool) -> tuple[bool, str]:
+    """Whether the plan in ``output`` can be opened here. What TensorRT-RTX compiles for that is kept."""
+    try:
+        opened = OpenPlan(trt, output / PLAN, weight_streaming=weight_streaming)
+    except TensorRTFailure as failure:
+        return False, str(failure)
+    if opened.runtime_cache is not None:
+        write_atomic(output / RUNTIME_CACHE, bytes(opened.runtime_cache.serialize()))
+    return True, f"opened, with a context for each of {', '.join(REGIMES)}"

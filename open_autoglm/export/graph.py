@@ -108,7 +108,7 @@ def stored(name: str, array: NDArray[Any], directory: Path, *, over: Any = None)
     room = None if over is None else _room(over, array.nbytes)
     with path.open("r+b" if path.exists() else "w+b") as file:
         offset = file.seek(0, os.SEEK_END) if room is None else file.seek(room)
-        file.write(np.ascontiguousarray(array).data)
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer
     tensor = TensorProto(
         name=name,
         dims=array.shape,

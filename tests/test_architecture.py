@@ -15,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
-RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt", "torchao"}
+RUNTIMES = {
+    "torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt", "tensorrt_rtx",
+    "tensorrt_rtx_bindings", "torchao",
+}  # fmt: skip
 
 WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
@@ -27,7 +30,9 @@ WHO_MAY_IMPORT = {
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
-    "tensorrt": {"open_autoglm/engines/nvidia.py"},
+    "tensorrt": {"open_autoglm/export/tensorrt_api.py"},
+    "tensorrt_rtx": {"open_autoglm/export/tensorrt_api.py"},
+    "tensorrt_rtx_bindings": {"open_autoglm/export/tensorrt_api.py"},
     "torchao": {"open_autoglm/engines/torch_weights.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
@@ -41,6 +46,7 @@ WHO_MAY_IMPORT = {
     "torch": {
         "open_autoglm/engines/torch_engine.py",
         "open_autoglm/engines/torch_weights.py",
+        "open_autoglm/engines/tensorrt_session.py",  # CUDA memory
         "open_autoglm/export/",
         "open_autoglm/analysis.py",  # the module tree, on the meta device
         "open_autoglm/checkpoint.py",  # the same
@@ -168,7 +174,9 @@ def test_what_measures_does_not_know_what_decides() -> None:
 
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
-    shared = ("contract", "nvidia", "onnxruntime_session", "torch_weights", "unloadable")
+    shared = (
+        "contract", "gpu", "nvidia", "onnxruntime_session", "tensorrt_session", "torch_weights", "unloadable",
+    )  # fmt: skip
     allowed = {f"open_autoglm.engines.{name}" for name in shared}
     found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]
     rivals = [f for f in found if f.module.startswith("open_autoglm.engines") and f.module not in allowed]
@@ -194,13 +202,20 @@ BROUGHT_BY = {
 }
 """Parts of another library's interface, of the version that library chooses."""
 
-OPTIONAL = {"llama_cpp": ["llama-cpp-python"], "openvino": ["openvino"], "torchao": ["torchao"]}
+OPTIONAL = {
+    "llama_cpp": ["llama-cpp-python"],
+    "openvino": ["openvino"],
+    "tensorrt": ["tensorrt-cu13"],
+    "tensorrt_rtx": ["tensorrt-rtx-cu13-bindings"],
+    "tensorrt_rtx_bindings": ["tensorrt-rtx-cu13-bindings"],
+    "torchao": ["torchao"],
+}
 """Who provides what need not be installed here."""
 
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "torchao")
+    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "tensorrt", "torchao", "trt-rtx")
     providers = {**OPTIONAL, **packages_distributions()}
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []

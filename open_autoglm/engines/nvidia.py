@@ -1,6 +1,6 @@
 """Engines that need an NVIDIA GPU. They are probed and listed everywhere, so that a study on a machine
 without one says what was left out and why. This release measures torch on CUDA; ONNX Runtime's CUDA
-provider and TensorRT are probed, proposed and vetoed with the reason, never run on the CPU instead.
+provider is probed, proposed and vetoed with the reason, never run on the CPU instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
+from open_autoglm.export.tensorrt_api import Flavour, installed_version
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -50,6 +51,24 @@ def probe_torch_cuda(torch_version: str) -> Probe:
             install="pip install torch==2.13.0  # from an index with CUDA builds",
         )
     return Probe(engine="torch", stage="ready", version=torch_version, reason="CUDA driver found")
+
+
+_TENSORRT: dict[str, tuple[Flavour, str]] = {
+    "tensorrt": ("tensorrt", "pip install tensorrt  # fetches its libraries from NVIDIA's own package index"),
+    "tensorrt-rtx": ("tensorrt-rtx", "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"),
+}
+
+
+def probe_nvidia(engine: str) -> Probe:
+    """Whether TensorRT and the driver are here, by package and library alone."""
+    flavour, install = _TENSORRT[engine]
+    found, driver = installed_version(flavour), missing_driver()
+    if found is None:
+        reason = f"{engine} is not installed" + (f", and it {driver}" if driver else "")
+        return Probe(engine=engine, stage="missing", reason=reason, install=install)
+    if driver is not None:
+        return Probe(engine=engine, stage="no_device", version=found, reason=f"{engine} {driver}")
+    return Probe(engine=engine, stage="ready", version=found, reason="package and CUDA driver found")
 
 
 class _NvidiaEngine:
@@ -115,12 +134,3 @@ class OnnxRuntimeCudaEngine(_NvidiaEngine):
     summary = "ONNX Runtime, CUDA provider: probed, not driven by this release"
     package = "onnxruntime-gpu"
     install = "pip install 'open-autoglm[gpu]'  # in an environment of its own, without onnxruntime"
-
-
-class TensorRTEngine(_NvidiaEngine):
-    """Native TensorRT."""
-
-    name = "tensorrt"
-    summary = "TensorRT: probed, not driven by this release"
-    package = "tensorrt"
-    install = "pip install tensorrt  # fetches its libraries from NVIDIA's own package index"

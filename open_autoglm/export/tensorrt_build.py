@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from open_autoglm.export.graph import DATA, FIRST_LOGITS, GRAPH, load_decoder
+from open_autoglm.export.graph import DATA, FIRST_LOGITS, GRAPH
+from open_autoglm.export.standard_graph import load_standard
 from open_autoglm.export.tensorrt_api import (
     Builder,
     BuilderConfig,
@@ -37,9 +38,6 @@ from open_autoglm.export.tensorrt_plan import (
 from open_autoglm.export.tensorrt_runtime import OpenPlan
 from open_autoglm.files import digest_files, digest_of, write_atomic
 from open_autoglm.schemas import FileDigest
-
-PAST, PRESENT = "past_key_values.", "present."
-"""How the names of the cache's inputs and outputs begin."""
 
 
 def build_plan(
@@ -118,21 +116,11 @@ def parse_graph(trt: TensorRT, builder: Builder, log: Log, graph: Path, cache_to
     # Needed by TensorRT 10; later ones know no other networks.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse(_with_fixed_cache(graph, cache_tokens), path=str(graph / GRAPH)):
+    model = load_standard(graph, cache_tokens).SerializeToString()
+    if not parser.parse(model, path=str(graph / GRAPH)):
         said = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise log.failure(f"TensorRT {trt.__version__} cannot read the graph", said)
     return network
-
-
-def _with_fixed_cache(graph: Path, cache_tokens: int) -> bytes:
-    """The graph with a cache of one length: TensorRT updates it in place only if that is fixed."""
-    model = load_decoder(graph)
-    for value in [*model.graph.input, *model.graph.output]:
-        if value.name.startswith((PAST, PRESENT)):
-            value.type.tensor_type.shape.dim[2].dim_value = cache_tokens
-    del model.graph.value_info[:]
-    serialized: bytes = model.SerializeToString()
-    return serialized
 
 
 # ── profiles ─────────────────────────────────────────────────────────────────────────────────────

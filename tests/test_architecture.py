@@ -46,7 +46,7 @@ WHO_MAY_IMPORT = {
     "torch": {
         "open_autoglm/engines/torch_engine.py",
         "open_autoglm/engines/torch_weights.py",
-        "open_autoglm/engines/tensorrt_session.py",  # CUDA memory
+        "open_autoglm/engines/tensorrt_executor.py",  # CUDA memory
         "open_autoglm/export/",
         "open_autoglm/analysis.py",  # the module tree, on the meta device
         "open_autoglm/checkpoint.py",  # the same
@@ -175,7 +175,8 @@ def test_what_measures_does_not_know_what_decides() -> None:
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
     shared = (
-        "contract", "gpu", "nvidia", "onnxruntime_session", "tensorrt_session", "torch_weights", "unloadable",
+        "contract", "gpu", "nvidia", "onnxruntime_session", "tensorrt_executor", "tensorrt_session",
+        "torch_weights", "unloadable",
     )  # fmt: skip
     allowed = {f"open_autoglm.engines.{name}" for name in shared}
     found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]

@@ -22,7 +22,8 @@ from open_autoglm.engines.contract import (
 )
 from open_autoglm.engines.gpu import BF16_SINCE, FP8_SINCE, older_than
 from open_autoglm.engines.nvidia import probe_nvidia
-from open_autoglm.engines.tensorrt_session import PlanExecutor, StandardSession
+from open_autoglm.engines.tensorrt_executor import open_executor
+from open_autoglm.engines.tensorrt_session import StandardSession
 from open_autoglm.export.decoder_graph import MODEL_TYPES
 from open_autoglm.export.standard_recipe import StandardRecipe
 from open_autoglm.export.tensorrt_api import Flavour, installed_version
@@ -156,7 +157,7 @@ class _NativeEngine:
         return "standard-graph, plan"
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
-        return StandardSession(PlanExecutor(exported.path, self.name, options, candidate.knobs), options)
+        return StandardSession(open_executor(exported.path, self.name, options, candidate.knobs), options)
 
     def _candidate(self, knobs: Mapping[str, Knob], because: str) -> Candidate:
         """The candidate of one configuration, from which alone its id follows."""

@@ -15,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
-RUNTIMES = {"torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt", "torchao"}
+RUNTIMES = {
+    "torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt", "tensorrt_rtx",
+    "torchao",
+}  # fmt: skip
 
 WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
@@ -23,11 +26,16 @@ WHO_MAY_IMPORT = {
     "flows": {"flows/", "open_autoglm/cli/commands.py"},
     "mlflow": {"open_autoglm/tracking.py", "open_autoglm/pyfunc_model.py"},
     "great_expectations": {"open_autoglm/quality/gates.py"},
-    "onnxruntime": {"open_autoglm/engines/onnxruntime_session.py", "open_autoglm/export/"},
+    "onnxruntime": {
+        "open_autoglm/engines/onnxruntime_session.py",
+        "open_autoglm/engines/capability_onnxruntime.py",  # whether it works, in a child
+        "open_autoglm/export/",
+    },
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
-    "tensorrt": {"open_autoglm/engines/nvidia.py"},
+    "tensorrt": {"open_autoglm/engines/capability_tensorrt.py"},
+    "tensorrt_rtx": {"open_autoglm/engines/capability_tensorrt.py"},
     "torchao": {"open_autoglm/engines/torch_weights.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
@@ -40,6 +48,7 @@ WHO_MAY_IMPORT = {
     },
     "torch": {
         "open_autoglm/engines/torch_engine.py",
+        "open_autoglm/engines/capability_torch.py",  # whether it works on a GPU, in a child
         "open_autoglm/engines/torch_weights.py",
         "open_autoglm/export/",
         "open_autoglm/analysis.py",  # the module tree, on the meta device
@@ -169,7 +178,8 @@ def test_what_measures_does_not_know_what_decides() -> None:
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
     shared = ("contract", "nvidia", "onnxruntime_session", "torch_weights", "unloadable")
-    allowed = {f"open_autoglm.engines.{name}" for name in shared}
+    capability = ("capability", *(f"capability_{part}" for part in ("driver", "elf", "packages")))
+    allowed = {f"open_autoglm.engines.{name}" for name in (*shared, *capability)}
     found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]
     rivals = [f for f in found if f.module.startswith("open_autoglm.engines") and f.module not in allowed]
     assert [str(found) for found in rivals] == []

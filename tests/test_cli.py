@@ -486,7 +486,7 @@ def test_engines_lists_all_of_them(cli: Cli) -> None:
     probes = {probe["engine"]: probe for probe in json.loads(cli("engines", "--json").stdout)}
     assert set(probes) == set(engines.names())
     assert probes["torch"]["stage"] == "ready"
-    assert probes["tensorrt"]["install"].startswith("pip install tensorrt")
+    assert probes["tensorrt"]["install"].startswith("pip install 'open-autoglm[tensorrt]'")
 
 
 def test_report_shows_the_latest_study_again(cli: Cli, home: Path) -> None:

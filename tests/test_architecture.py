@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE, TASKS, FLOWS = "open_autoglm", "tasks", "flows"
 RUNTIMES = {
     "torch", "onnxruntime", "onnxruntime_genai", "llama_cpp", "openvino", "tensorrt", "tensorrt_rtx",
-    "torchao",
+    "tensorrt_rtx_bindings", "torchao",
 }  # fmt: skip
 
 WHO_MAY_IMPORT = {
@@ -36,6 +36,7 @@ WHO_MAY_IMPORT = {
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
     "tensorrt": {"open_autoglm/engines/capability_tensorrt.py"},
     "tensorrt_rtx": {"open_autoglm/engines/capability_tensorrt.py"},
+    "tensorrt_rtx_bindings": {"open_autoglm/engines/capability_tensorrt.py"},
     "torchao": {"open_autoglm/engines/torch_weights.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
@@ -204,13 +205,19 @@ BROUGHT_BY = {
 }
 """Parts of another library's interface, of the version that library chooses."""
 
-OPTIONAL = {"llama_cpp": ["llama-cpp-python"], "openvino": ["openvino"], "torchao": ["torchao"]}
+OPTIONAL = {
+    "llama_cpp": ["llama-cpp-python"],
+    "openvino": ["openvino"],
+    "tensorrt": ["tensorrt-cu13"],
+    "tensorrt_rtx_bindings": ["tensorrt-rtx-cu13-bindings"],
+    "torchao": ["torchao"],
+}
 """Who provides what need not be installed here."""
 
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
     """Nothing works only because something else happens to bring it."""
-    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "torchao")
+    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "tensorrt", "torchao", "trt-rtx")
     providers = {**OPTIONAL, **packages_distributions()}
     ours = sys.stdlib_module_names | {CORE, TASKS, FLOWS}
     unasked = []
@@ -231,13 +238,17 @@ def locked() -> dict[str, str]:
 def pinned() -> dict[str, Any]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["cpu"], *extras["llamacpp"], *extras["openvino"]]
+    optional = [line for extra in ("cpu", "llamacpp", "openvino", "trt-rtx") for line in extras[extra]]
+    lines = [*project["dependencies"], *optional]
     return {normal(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
 
 
 def test_every_dependency_is_locked() -> None:
     """In constraints.txt or by an exact pin: one set of versions that is known to run together."""
-    assert sorted(requirements("cpu", "llamacpp", "openvino") - locked().keys() - pinned().keys()) == []
+    assert (
+        sorted(requirements("cpu", "llamacpp", "openvino", "trt-rtx") - locked().keys() - pinned().keys())
+        == []
+    )
 
 
 def test_no_package_has_two_versions() -> None:
@@ -249,6 +260,6 @@ def test_no_package_has_two_versions() -> None:
 def test_every_runtime_dependency_has_its_reason_written() -> None:
     """One line each in docs/dependencies.md."""
     written = normal((ROOT / "docs" / "dependencies.md").read_text().replace("`", " "))
-    asked = requirements("cpu", "llamacpp", "openvino")
+    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "tensorrt", "trt-rtx")
     missing = [name for name in asked if not re.search(rf"(?<![\w-]){name}(?![\w-])", written)]
     assert missing == []

@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_pack(options: argparse.Namespace) -> None:
     if options.part_mib < 1:
         raise Refused("--part-mib must be at least 1")
+    _check_empty(options.output)  # before gigabytes are fetched
     if options.wheels is not None:
         pack(options.wheels, options.output, options.extras, options.part_mib << 20)
         return
@@ -116,14 +117,18 @@ def pack(wheels: Path, output: Path, extras: str, part_bytes: int) -> None:
     found = sorted(wheels.glob("*.whl"))
     if not found:
         raise Refused(f"{wheels} holds no wheel")
+    _check_empty(output)
     output.mkdir(parents=True, exist_ok=True)
-    if any(output.iterdir()):
-        raise Refused(f"{output} is not empty: choose a new directory")
     parts = {wheel.name: list(_write_parts(wheel, output, part_bytes)) for wheel in found}
     about = About(FORMAT_VERSION, extras, *_here(), parts)
     _write(output / ABOUT, json.dumps(about._asdict(), indent=1) + "\n")
     names = [ABOUT, *(name for names in parts.values() for name in names)]
     _write(output / SUMS, "".join(f"{sha256(output / name)}  {name}\n" for name in names))
+
+
+def _check_empty(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise Refused(f"{output} is not empty: choose a new directory")
 
 
 def _write_parts(wheel: Path, output: Path, part_bytes: int) -> Iterator[str]:
@@ -227,8 +232,9 @@ def install(wheels: Path, extras: str, venv: Path) -> None:
     Raises Refused if pip does not find all it needs there.
     """
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
-    command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-index"]
-    command += ["--find-links", str(wheels), "-c", "constraints.txt", "-e", f".[{extras}]"]
+    # Absolute, since pip runs in the checkout, wherever this was called.
+    command = [str(venv.absolute() / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-index"]
+    command += ["--find-links", str(wheels.absolute()), "-c", "constraints.txt", "-e", f".[{extras}]"]
     _pip(command, f"pip could not install the extras {extras} from {wheels} alone")
 
 

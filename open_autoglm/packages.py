@@ -1,4 +1,4 @@
-"""Packages that must not be installed together: what is wrong, and which one to remove."""
+"""What is installed, and packages that must not be installed together: which one to remove."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ def check_packages() -> None:
         raise UserError(f"{clash.sentence}; {clash.mend}")
 
 
-def version_of(package: str) -> str | None:
-    """The installed version, by its metadata alone."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def version_of(*packages: str) -> str | None:
+    """The version of the first of ``packages`` that is installed, by its metadata alone."""
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None

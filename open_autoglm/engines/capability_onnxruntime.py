@@ -18,7 +18,8 @@ from open_autoglm.engines.capability import WIDTH, Asked, Reached, judge, operan
 from open_autoglm.engines.capability_driver import LIBRARY as DRIVER_LIBRARY
 from open_autoglm.engines.capability_driver import find_device
 from open_autoglm.engines.capability_elf import needed_libraries
-from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, version_of
+from open_autoglm.engines.capability_packages import INSTALL, TENSORRT
+from open_autoglm.packages import version_of
 
 
 class _Provider(NamedTuple):

@@ -1,9 +1,8 @@
-"""Which NVIDIA packages are installed, by their metadata alone, and how to get those that are not."""
+"""The packages that NVIDIA engines come in, and what installs them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
 TENSORRT = (
@@ -28,13 +27,3 @@ INSTALL: Mapping[str, str] = MappingProxyType(
     }
 )
 """What installs each engine in the version that is known to work."""
-
-
-def version_of(*packages: str) -> str | None:
-    """The version of the first of ``packages`` that is installed."""
-    for package in packages:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return None

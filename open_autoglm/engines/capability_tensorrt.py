@@ -15,7 +15,8 @@ import numpy as np
 
 from open_autoglm.engines.capability import WIDTH, Asked, Reached, judge, operands
 from open_autoglm.engines.capability_driver import DeviceMemory, find_device
-from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX, version_of
+from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX
+from open_autoglm.packages import version_of
 
 _MODULES = {
     "tensorrt": ("tensorrt", "tensorrt_bindings"),

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from open_autoglm.engines.capability import Asked, Reached
 from open_autoglm.engines.capability_driver import missing_driver
-from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX, version_of
+from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
 from open_autoglm.measure.isolation import Child, Failure
+from open_autoglm.packages import version_of
 from open_autoglm.schemas import (
     Analysis,
     Candidate,

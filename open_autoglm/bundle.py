@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import Session, SessionOptions, draft_tokens_of
+from open_autoglm.engines.contract import Session, SessionOptions, draft_tokens_of, room_of
 from open_autoglm.errors import CheckpointError, UserError
 from open_autoglm.export.store import RECORD
 from open_autoglm.files import digest_files, digest_of, directory_atomic, sha256_file
@@ -48,7 +48,8 @@ _RUNTIMES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-gpu",
     "openvino": "openvino",
-    "tensorrt": "tensorrt",
+    "tensorrt": "tensorrt-cu13-bindings",
+    "tensorrt-rtx": "tensorrt-rtx-cu13-bindings",
 }
 
 
@@ -264,7 +265,8 @@ class BundleModel:
         from transformers import AutoTokenizer
 
         self.manifest, self.bundle = open_bundle(directory, verify=verify)
-        self.max_tokens = min(max_tokens, self.manifest.context_tokens)
+        room = room_of(self.manifest.candidate) or max_tokens
+        self.max_tokens = min(max_tokens, room, self.manifest.context_tokens)
         self._tokenizer = AutoTokenizer.from_pretrained(
             directory / "tokenizer", trust_remote_code=self.manifest.trust_remote_code
         )

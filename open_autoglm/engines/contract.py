@@ -198,6 +198,16 @@ def thread_dimension(hardware: Hardware) -> Dimension:
     )
 
 
+CACHE_TOKENS = "cache_tokens"
+"""Knob of engines whose files are built for one size of the KV cache: prompt and output together."""
+
+
+def room_of(candidate: Candidate) -> int | None:
+    """The longest cache that a session of ``candidate`` can be opened with; None if its files do not say."""
+    built_for = candidate.knobs.get(CACHE_TOKENS)
+    return None if built_for is None else int(built_for)
+
+
 DRAFT_TOKENS = "draft_tokens"
 """Knob: tokens guessed and verified per decoding call, at most; 0 decodes one by one."""
 

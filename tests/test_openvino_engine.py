@@ -20,7 +20,8 @@ from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines import openvino_engine
 from open_autoglm.engines.contract import ExportContext, SessionOptions
 from open_autoglm.engines.openvino_engine import OpenVinoEngine, OpenVinoSession
-from open_autoglm.export.openvino_graph import GRAPH, MODEL_TYPES, UnknownModel, write_graph
+from open_autoglm.export.decoder_graph import MODEL_TYPES, UnknownModel
+from open_autoglm.export.openvino_graph import GRAPH, write_graph
 from open_autoglm.export.openvino_weights import Rounding, matrix_node, round_to_nearest
 from open_autoglm.schemas import Candidate, OptimizeSpec
 

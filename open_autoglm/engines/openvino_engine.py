@@ -21,7 +21,8 @@ from open_autoglm.engines.contract import (
     thread_dimension,
     threads_of,
 )
-from open_autoglm.export.openvino_graph import GRAPH, MODEL_TYPES, keep_every_position, write_graph
+from open_autoglm.export.decoder_graph import MODEL_TYPES
+from open_autoglm.export.openvino_graph import GRAPH, keep_every_position, write_graph
 from open_autoglm.export.openvino_weights import Rounding
 from open_autoglm.schemas import (
     Analysis,

@@ -17,26 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from open_autoglm.analysis import profile_config
-from open_autoglm.checkpoint import build_on_meta, load_config
-from open_autoglm.export.openvino_weights import Floats, Rounding, StoredTensors, matrix_node
+from open_autoglm.export.decoder_graph import DecoderGraph, Floats
+from open_autoglm.export.openvino_weights import Rounding, matrix_node
 from open_autoglm.schemas import Checkpoint
 
 GRAPH = "model.xml"
 """The graph that serves; its weights lie beside it in ``model.bin``."""
 
-MODEL_TYPES = frozenset({"glm", "glm4", "llama", "qwen2", "qwen3"})
-"""Model types whose graphs our tests compare with transformers."""
-
 _LAST = "last_position/"
 """How the names of the nodes begin that keep only the last position."""
-
-_NEVER_READ = ("lm_head.weight", "rotary_emb.inv_freq")
-"""Tensors that a checkpoint may hold in vain: a head tied to the embedding, and a table made anew."""
-
-
-class UnknownModel(RuntimeError):
-    """The checkpoint has something that the graph would leave out."""
 
 
 def write_graph(checkpoint: Checkpoint, rounding: Rounding, output: Path) -> None:
@@ -59,77 +48,45 @@ def keep_every_position(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-class _Decoder:
-    """One graph in the making."""
+class _Decoder(DecoderGraph):
+    FORMAT = "the OpenVINO graph"
 
     def __init__(self, checkpoint: Checkpoint, rounding: Rounding) -> None:
         import openvino as ov
         import openvino.opset13 as ops
 
-        config = load_config(checkpoint.path)
-        self._refuse(config)
+        super().__init__(checkpoint)
         self._ops = ops
-        self._shape = profile_config(config)
-        self._eps = np.float32(config.rms_norm_eps)
         self._rounding = rounding
         # 4 bits are too few for embeddings and the head, which NNCF leaves at 8 as well.
         self._end_rounding = Rounding(bits=8) if rounding.bits == 4 else rounding
-        self._tensors = StoredTensors(checkpoint.path)
         self._ids = ops.parameter([-1, -1], ov.Type.i64, "input_ids")
         self._positions = ops.parameter([-1, -1], ov.Type.i64, "position_ids")
         self._rows = ops.parameter([-1], ov.Type.i32, "beam_idx")
-        self._cos, self._sin = self._rotary_tables(config)
+        self._cos, self._sin = self._rotary_tables()
         self._empty_cache = self._make_empty_cache()
         self._stores: list[Any] = []
-
-    @staticmethod
-    def _refuse(config: Any) -> None:
-        """Raise UnknownModel for what the graph below has no nodes for."""
-        if config.model_type not in MODEL_TYPES:
-            raise UnknownModel(f"the OpenVINO graph is not verified for model type {config.model_type!r}")
-        if config.hidden_act != "silu":
-            raise UnknownModel(f"the OpenVINO graph has no activation {config.hidden_act!r}")
-        if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-            raise UnknownModel("the OpenVINO graph has no rotary embedding that changes with the length")
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UnknownModel("the OpenVINO graph has no sliding-window attention")
 
     def model(self) -> Any:
         """The whole graph. Raises UnknownModel if the checkpoint holds tensors that it does not use."""
         import openvino as ov
 
-        ops, shape = self._ops, self._shape
+        ops = self._ops
         embedding = matrix_node(self._tensors.read("model.embed_tokens.weight"), self._end_rounding)
-        hidden = ops.gather(embedding, self._ids, np.int32(0))
-        for index in range(shape.layers):
-            hidden = self._layer(f"model.layers.{index}", hidden, last=index == shape.layers - 1)
+        hidden = self._layers(ops.gather(embedding, self._ids, np.int32(0)))
         head = embedding
-        if not shape.tied_embeddings:
+        if not self._shape.tied_embeddings:
             head = matrix_node(self._tensors.read("lm_head.weight"), self._end_rounding)
-        logits = ops.matmul(self._norm("model.norm", hidden), head, False, True)
-        unused = sorted(name for name in self._tensors.unread if not name.endswith(_NEVER_READ))
-        if unused:
-            raise UnknownModel(f"the OpenVINO graph has no use for the tensors {unused[:5]}")
+        logits = ops.matmul(hidden, head, False, True)
+        self._require_all_read()
         inputs = {"input_ids": self._ids, "position_ids": self._positions, "beam_idx": self._rows}
         for name, node in {**inputs, "logits": logits}.items():
             node.output(0).set_names({name})
         return ov.Model([ops.result(logits)], self._stores, list(inputs.values()), "decoder")
 
-    # ── a layer ──────────────────────────────────────────────────────────────────────────────────
-
-    def _layer(self, name: str, hidden: Any, *, last: bool) -> Any:
-        """Attention and MLP, each between norms; of the last layer, the last position is enough."""
-        ops = self._ops
-        attended = self._attention(f"{name}.self_attn", self._norm(f"{name}.input_layernorm", hidden))
-        if last:
-            attended, hidden = self._last_position(attended), self._last_position(hidden)
-        attended = self._linear(f"{name}.self_attn.o_proj", attended)
-        hidden = ops.add(hidden, self._optional_norm(f"{name}.post_self_attn_layernorm", attended))
-        changed = self._mlp(f"{name}.mlp", self._norm(f"{name}.post_attention_layernorm", hidden))
-        return ops.add(hidden, self._optional_norm(f"{name}.post_mlp_layernorm", changed))
+    # ── attention ────────────────────────────────────────────────────────────────────────────────
 
     def _attention(self, name: str, hidden: Any) -> Any:
-        """``[batch, tokens, heads * head_dim]``, before the output projection."""
         ops, shape = self._ops, self._shape
         query = self._turn(self._heads(f"{name}.q", hidden, shape.attention_heads, turned=True))
         key = self._turn(self._heads(f"{name}.k", hidden, shape.kv_heads, turned=True))
@@ -142,16 +99,14 @@ class _Decoder:
 
     def _heads(self, name: str, hidden: Any, heads: int, *, turned: bool) -> Any:
         """A projection as ``[batch, heads, tokens, head_dim]``, ordered for `_turn` if ``turned``."""
-        ops, order = self._ops, self._half_split() if turned else slice(None)
-        split = (heads, self._shape.head_dim)
-
-        def reorder(tensor: Floats) -> Floats:
-            return tensor.reshape(*split, *tensor.shape[1:])[:, order].reshape(tensor.shape)
-
-        projected = self._linear(f"{name}_proj", hidden, reorder)
-        projected = ops.reshape(projected, np.array([0, 0, *split]), special_zero=True)
-        if f"{name}_norm.weight" in self._tensors:
-            projected = self._rms(projected, self._tensors.read(f"{name}_norm.weight")[order])
+        ops, head_dim = self._ops, self._shape.head_dim
+        order = self._half_split()
+        rows = (np.arange(heads)[:, None] * head_dim + order).ravel() if turned else None
+        projected = self._linear(f"{name}_proj", hidden, rows)
+        projected = ops.reshape(projected, np.array([0, 0, heads, head_dim]), special_zero=True)
+        if f"{name}_norm.weight" in self._tensors:  # of queries and keys only
+            weight = self._tensors.read(f"{name}_norm.weight")[order]
+            projected = self._rms(f"{name}_norm", projected, weight)
         return ops.transpose(projected, _SWAP)
 
     def _with_past(self, name: str, new: Any) -> Any:
@@ -171,41 +126,25 @@ class _Decoder:
         heads = np.array([0, shape.attention_heads, -1, shape.head_dim])
         return ops.reshape(repeated, heads, special_zero=True)
 
-    def _mlp(self, name: str, hidden: Any) -> Any:
-        ops, size = self._ops, self._shape.intermediate_size
-        if self._shape.mlp == "fused_gate_up":
-            # As two matmuls the plugin computes the activation and the product inside them.
-            both = self._tensors.read(f"{name}.gate_up_proj.weight")
-            gate, up = (self._matmul(hidden, half) for half in (both[:size], both[size:]))
-        else:
-            gate, up = (self._linear(f"{name}.{part}_proj", hidden) for part in ("gate", "up"))
-        return self._linear(f"{name}.down_proj", ops.multiply(ops.swish(gate), up))
-
     # ── parts ────────────────────────────────────────────────────────────────────────────────────
 
-    def _linear(self, name: str, hidden: Any, reorder: Any = np.asarray) -> Any:
-        """A linear layer with or without bias, its outputs in the order that ``reorder`` gives."""
-        product = self._matmul(hidden, reorder(self._tensors.read(f"{name}.weight")))
-        if f"{name}.bias" not in self._tensors:
-            return product
-        return self._ops.add(
-            product, self._ops.constant(reorder(self._tensors.read(f"{name}.bias"))[None, None])
-        )
-
-    def _matmul(self, hidden: Any, matrix: Floats) -> Any:
+    def _product(self, name: str, hidden: Any, matrix: Floats) -> Any:
         return self._ops.matmul(hidden, matrix_node(matrix, self._rounding), False, True)
 
-    def _norm(self, name: str, hidden: Any) -> Any:
-        return self._rms(hidden, self._tensors.read(f"{name}.weight"))
+    def _biased(self, name: str, product: Any, bias: Floats) -> Any:
+        return self._ops.add(product, self._ops.constant(bias[None, None]))
 
-    def _optional_norm(self, name: str, hidden: Any) -> Any:
-        return self._norm(name, hidden) if f"{name}.weight" in self._tensors else hidden
+    def _sum(self, stream: Any, branch: Any) -> Any:
+        return self._ops.add(stream, branch)
 
-    def _rms(self, hidden: Any, weight: Floats) -> Any:
-        """``hidden / sqrt(mean(hidden²) + eps) * weight``, as the plugin's RMS fusion expects it."""
+    def _gated(self, name: str, gate: Any, up: Any) -> Any:
+        return self._ops.multiply(self._ops.swish(gate), up)
+
+    def _rms(self, name: str, hidden: Any, weight: Floats) -> Any:
+        """In the nodes that the plugin's RMS fusion expects."""
         ops = self._ops
         mean = ops.reduce_mean(ops.power(hidden, np.float32(2)), np.array([-1]), keep_dims=True)
-        inverse = ops.power(ops.sqrt(ops.add(mean, self._eps)), np.float32(-1))
+        inverse = ops.power(ops.sqrt(ops.add(mean, np.float32(self._eps))), np.float32(-1))
         return ops.multiply(ops.constant(weight), ops.multiply(hidden, inverse))
 
     def _turn(self, heads: Any) -> Any:
@@ -228,20 +167,16 @@ class _Decoder:
             dims = np.concatenate([dims[0::2], dims[1::2]])
         return np.concatenate([dims, np.arange(len(dims), self._shape.head_dim)])
 
-    def _rotary_tables(self, config: Any) -> tuple[Any, Any]:
-        """Cosines and sines of the positions asked for, ``[batch, 1, tokens, rotary_dims]``.
-
-        The frequencies come from the model's own class, so that every static kind of scaling is right.
-        """
+    def _rotary_tables(self) -> tuple[Any, Any]:
+        """Cosines and sines of the positions asked for, ``[batch, 1, tokens, rotary_dims]``."""
         ops = self._ops
-        rotary = type(build_on_meta(config).get_decoder().rotary_emb)(config)
-        frequencies = np.tile(rotary.inv_freq.numpy(), 2)[None, None, None]
+        frequencies, scaling = self._frequencies()
         positions = ops.unsqueeze(ops.convert(self._positions, np.float32), np.array([1, 3]))
-        angles = ops.multiply(positions, ops.constant(frequencies))
+        angles = ops.multiply(positions, ops.constant(np.tile(frequencies, 2)[None, None, None]))
         tables = ops.cos(angles), ops.sin(angles)
-        if rotary.attention_scaling == 1:
+        if scaling == 1:
             return tables
-        cos, sin = (ops.multiply(table, np.float32(rotary.attention_scaling)) for table in tables)
+        cos, sin = (ops.multiply(table, np.float32(scaling)) for table in tables)
         return cos, sin
 
     def _make_empty_cache(self) -> Any:
@@ -251,10 +186,11 @@ class _Decoder:
         rest = ops.constant(np.array([shape.kv_heads, 0, shape.head_dim]))
         return ops.broadcast(np.float32(0), ops.concat([rows, rest], 0))
 
-    def _last_position(self, hidden: Any) -> Any:
+    def _wanted(self, value: Any) -> Any:
+        """The last position."""
         ends = (np.array([-1]), np.array([np.iinfo(np.int32).max]), np.array([1]), np.array([1]))
-        node = self._ops.slice(hidden, *ends)
-        node.friendly_name = _LAST + hidden.friendly_name
+        node = self._ops.slice(value, *ends)
+        node.friendly_name = _LAST + value.friendly_name
         return node
 
 

@@ -8,17 +8,15 @@ integers in memory and turns them back inside the matmul.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from open_autoglm.export.decoder_graph import Floats
 from open_autoglm.schemas import Model
-from open_autoglm.weights import SAFETENSORS, SAFETENSORS_INDEX, find_weights
 
-Floats = NDArray[np.float32]
 Integers = NDArray[np.uint8] | NDArray[np.int8]
 
 
@@ -28,28 +26,6 @@ class Rounding(Model):
     bits: Literal[4, 8, 32]
     group_size: int = Field(0, description="columns that share a scale; 0 for a whole row")
     symmetric: bool = Field(False, description="around zero, so that no zero points are needed")
-
-
-class StoredTensors:
-    """The tensors of a checkpoint by name, read one by one; knows which nobody asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        from safetensors import safe_open
-
-        self._files: dict[str, Any] = {}
-        for path in find_weights(directory, SAFETENSORS, SAFETENSORS_INDEX):
-            file: Any = safe_open(path, framework="pt")  # numpy has no bfloat16
-            self._files.update(dict.fromkeys(file.keys(), file))
-        self.unread = set(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def read(self, name: str) -> Floats:
-        """The tensor ``name`` as float32. Raises KeyError if there is none."""
-        tensor: Floats = self._files[name].get_tensor(name).float().numpy()
-        self.unread.discard(name)
-        return tensor
 
 
 class Rounded(NamedTuple):

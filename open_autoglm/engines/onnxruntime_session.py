@@ -1,4 +1,4 @@
-"""A decoder graph in ONNX Runtime, on the CPU, with its KV cache."""
+"""A decoder graph in ONNX Runtime with its KV cache, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from open_autoglm.engines.contract import ALL_THREADS, Logits, SessionOptions, Tokens
+from open_autoglm.engines.contract import ALL_THREADS, RAN_ELSEWHERE, Logits, SessionOptions, Tokens
+from open_autoglm.engines.onnxruntime_placement import (
+    NO_CPU_NODES,
+    ON_THE_CPU,
+    RECORD_NODES,
+    Nodes,
+    Placement,
+    WrongProvider,
+)
 from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts
 from open_autoglm.schemas import Knob
 
@@ -37,21 +45,30 @@ _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 class OnnxRuntimeSession:
     """A decoder graph and its KV cache.
 
-    Where the graph allows it (GroupQueryAttention), past and present are one pre-allocated buffer of
-    ``float32[batch, kv_heads, max_tokens, head_dim]``, and the length of the attention mask says how much
-    of it is valid. Otherwise past grows by concatenation.
+    Where the graph allows it (GroupQueryAttention, TensorScatter), past and present are one pre-allocated
+    buffer of ``[batch, kv_heads, max_tokens, head_dim]`` on the session's device, of the type of the graph's
+    inputs; the attention mask's length or the positions say how much of it is valid. Otherwise past grows by
+    concatenation. Tokens come from the host and logits go there, so a call ends when the device is done.
+
+    Raises WrongProvider, or what ONNX Runtime raises, where it cannot run on ``placement``.
     """
 
     def __init__(
-        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+        self,
+        directory: Path,
+        options: SessionOptions,
+        knobs: Mapping[str, Knob] = SESSION_KNOBS,
+        placement: Placement = ON_THE_CPU,
     ) -> None:
         self._facts = DecoderFacts.read(directory)
+        self._placement = placement
         self._shared_buffer = self._facts.kv_cache == "in_place"
         self._options = options
         self._knobs = {**SESSION_KNOBS, **knobs}
         self._session = self._load(directory / GRAPH)
-        inputs = [value.name for value in self._session.get_inputs()]
+        inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._past_names = [name for name in inputs if name.startswith("past_key_values")]
+        self._cache_type = _CACHE_TYPES[next((inputs[name] for name in self._past_names), "tensor(float)")]
         self._fed = [name for name in inputs if name not in self._past_names]
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._vocab_size = int(self._session.get_outputs()[0].shape[-1])
@@ -71,9 +88,21 @@ class OnnxRuntimeSession:
         options.enable_mem_pattern = bool(self._knobs["memory_pattern"])
         options.enable_cpu_mem_arena = bool(self._knobs["arena"])
         options.add_session_config_entry(_SPINNING, "1" if self._knobs["allow_spinning"] else "0")
+        options.add_session_config_entry(RECORD_NODES, "1")
+        options.add_session_config_entry(NO_CPU_NODES, "1" if self._placement.whole else "0")
+        for name, size in self._placement.fixed.items():
+            options.add_free_dimension_override_by_name(name, size)
         os.environ[_NO_FLASH] = "0" if self._knobs["flash_attention"] else "1"
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.disable_fallback()
+        asked = self._placement.provider
+        if asked not in (compiled_in := ort.get_available_providers()):
+            raise WrongProvider(f"this build of ONNX Runtime has no {asked}, only {', '.join(compiled_in)}")
+        if self._placement.device == "cuda":
+            ort.preload_dlls()  # its libraries lie in other packages, where the loader does not look
+        session = ort.InferenceSession(
+            path, options, providers=[(asked, dict(self._placement.options))], enable_fallback=0
+        )
+        if (found := session.get_providers()[0]) != asked:
+            raise WrongProvider(f"{asked} was asked for and ONNX Runtime chose {found}; its log says why")
         return session
 
     def prefill(self, tokens: Tokens) -> Logits:
@@ -107,8 +136,21 @@ class OnnxRuntimeSession:
         self._rows = rows
         length = self._options.max_tokens if self._shared_buffer else 0
         shape = (rows, self._facts.kv_heads, length, self._facts.head_dim)
-        # Values share the memory of their arrays: every layer needs an array of its own.
-        self._bind_cache([_on_cpu(np.zeros(shape, dtype=np.float32)) for _ in self._past_names])
+        self._bind_cache([self._zeros(shape) for _ in self._past_names])
+
+    def _zeros(self, shape: tuple[int, ...]) -> Any:
+        """An OrtValue of ``shape`` on the session's device. Zeros, since what is masked is multiplied by 0
+        in some kernels, and memory that nobody wrote may hold NaN."""
+        import onnxruntime as ort
+
+        stored, onnx_type = self._cache_type
+        zeros = np.zeros(shape, dtype=stored)
+        if self._placement.device == "cpu":
+            # Values on the CPU share the memory of their arrays: every layer needs an array of its own.
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, onnx_type)
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, onnx_type, self._placement.device)
+        value.update_inplace(zeros)
+        return value
 
     def _bind_cache(self, cache: list[Any]) -> None:
         """Let the graph read ``cache``, and write into it where past and present are one."""
@@ -128,6 +170,7 @@ class OnnxRuntimeSession:
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
             "attention_mask": np.ones((rows, length), dtype=np.int64),
             "position_ids": np.tile(np.arange(self._length, length, dtype=np.int64), (rows, 1)),
+            "write_indices": np.full(rows, self._length, dtype=np.int64),
             FIRST_LOGITS: np.array([first_logits]),
         }
         # Bound once and for all but for what changes: 6 % of a token of a small model went into binding.
@@ -138,8 +181,10 @@ class OnnxRuntimeSession:
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         if not self._shared_buffer:
             for name in self._present_names:
-                self._binding.bind_output(name, "cpu")
+                self._binding.bind_output(name, self._placement.device)
         self._session.run_with_iobinding(self._binding)
+        if self._placement.device == "cuda":
+            self._binding.synchronize_outputs()
         if not self._shared_buffer:
             self._bind_cache(self._binding.get_outputs()[1:])
         self._length = length
@@ -149,9 +194,13 @@ class OnnxRuntimeSession:
         import onnxruntime as ort
 
         options = self._session.get_session_options()
+        nodes = Nodes.of(self._session)
+        elsewhere = nodes.elsewhere(self._placement.provider)
         return {
+            **({RAN_ELSEWHERE: elsewhere} if elsewhere else {}),
             "onnxruntime": ort.__version__,
             "providers": ",".join(self._session.get_providers()),
+            "nodes": nodes.words(),
             "threads": str(options.intra_op_num_threads),
             "graph_level": options.graph_optimization_level.name.removeprefix("ORT_ENABLE_").lower(),
             "spinning": {"1": "allowed", "0": "off"}[options.get_session_config_entry(_SPINNING)],
@@ -167,6 +216,13 @@ class OnnxRuntimeSession:
 
 
 _LAST_POSITION, _EVERY_POSITION = -1, 0
+
+_CACHE_TYPES = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+}
+"""How numpy stores a type of the cache, and ONNX's number for it (``TensorProto.DataType``)."""
 
 
 def _on_cpu(array: Any) -> Any:

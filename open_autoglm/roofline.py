@@ -20,7 +20,7 @@ from open_autoglm.schemas import (
     RooflineBound,
 )
 
-BITS: dict[Precision, float] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+BITS: dict[Precision, float] = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 """Nominal bits per weight; stored formats add scales (see ``Candidate.weight_bits``)."""
 
 SHOWN: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")

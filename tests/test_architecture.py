@@ -29,6 +29,7 @@ WHO_MAY_IMPORT = {
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
     "tensorrt": {"open_autoglm/engines/nvidia.py"},
     "torchao": {"open_autoglm/engines/torch_weights.py"},
+    "pynvml": {"open_autoglm/measure/device_memory.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
     "matplotlib": {"open_autoglm/figures.py"},
@@ -39,7 +40,7 @@ WHO_MAY_IMPORT = {
         "open_autoglm/quality/metrics.py",
     },
     "torch": {
-        "open_autoglm/engines/torch_engine.py",
+        "open_autoglm/engines/torch_session.py",
         "open_autoglm/engines/torch_weights.py",
         "open_autoglm/export/",
         "open_autoglm/analysis.py",  # the module tree, on the meta device
@@ -168,8 +169,8 @@ def test_what_measures_does_not_know_what_decides() -> None:
 
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
-    shared = ("contract", "nvidia", "onnxruntime_session", "torch_weights", "unloadable")
-    allowed = {f"open_autoglm.engines.{name}" for name in shared}
+    shared = ("contract", "gpu", "nvidia", "onnxruntime_placement", "onnxruntime_session", "torch_session")
+    allowed = {f"open_autoglm.engines.{name}" for name in (*shared, "torch_weights", "unloadable")}
     found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]
     rivals = [f for f in found if f.module.startswith("open_autoglm.engines") and f.module not in allowed]
     assert [str(found) for found in rivals] == []
@@ -194,7 +195,12 @@ BROUGHT_BY = {
 }
 """Parts of another library's interface, of the version that library chooses."""
 
-OPTIONAL = {"llama_cpp": ["llama-cpp-python"], "openvino": ["openvino"], "torchao": ["torchao"]}
+OPTIONAL = {
+    "llama_cpp": ["llama-cpp-python"],
+    "openvino": ["openvino"],
+    "pynvml": ["nvidia-ml-py"],
+    "torchao": ["torchao"],
+}
 """Who provides what need not be installed here."""
 
 

@@ -1,6 +1,6 @@
 """Engines that need an NVIDIA GPU. They are probed and listed everywhere, so that a study on a machine
-without one says what was left out and why. This release measures torch on CUDA; ONNX Runtime's CUDA
-provider and TensorRT are probed, proposed and vetoed with the reason, never run on the CPU instead.
+without one says what was left out and why. Native TensorRT is probed, proposed and vetoed with the reason,
+never run on the CPU instead.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from open_autoglm.schemas import (
     OptimizeSpec,
     Probe,
 )
+from open_autoglm.schemas.candidates import ProbeStage
 
 _NOT_YET = "found, but this release of Open-AutoGLM has no runner for it yet"
 
@@ -34,7 +35,7 @@ def missing_driver() -> str | None:
     return None
 
 
-def probe_torch_cuda(torch_version: str) -> Probe:
+def _probe_torch(torch_version: str) -> Probe:
     """Whether torch can use a GPU here."""
     reason = missing_driver()
     if reason is not None:
@@ -50,6 +51,35 @@ def probe_torch_cuda(torch_version: str) -> Probe:
             install="pip install torch==2.13.0  # from an index with CUDA builds",
         )
     return Probe(engine="torch", stage="ready", version=torch_version, reason="CUDA driver found")
+
+
+_PACKAGES = {
+    "onnxruntime-cuda": ("onnxruntime-gpu",),
+    "onnxruntime-tensorrt": ("onnxruntime-gpu", "tensorrt-cu13"),
+}
+"""What each engine runs on, the last being what it runs with."""
+
+_INSTALL = {
+    "onnxruntime-gpu": "pip install 'open-autoglm[gpu]'  # in an environment of its own, without onnxruntime",
+    "tensorrt-cu13": "pip install 'tensorrt-cu13>=10.15.1,<11'  # libraries from NVIDIA's own index",
+}
+
+
+def probe_nvidia(engine: str) -> Probe:
+    """Whether the packages of ``engine`` and a driver are here."""
+    if engine == "torch":
+        return _probe_torch(version("torch"))
+    driver, found = missing_driver(), None
+    for package in _PACKAGES[engine]:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            stage: ProbeStage = "missing" if driver is None else "no_device"
+            reason = driver or f"{package} is not installed"
+            return Probe(engine=engine, stage=stage, reason=reason, install=_INSTALL[package])
+    if driver is not None:
+        return Probe(engine=engine, stage="no_device", version=found, reason=driver)
+    return Probe(engine=engine, stage="ready", version=found, reason="packages and CUDA driver found")
 
 
 class _NvidiaEngine:
@@ -106,15 +136,6 @@ class _NvidiaEngine:
 
     def _refuse(self) -> NoReturn:
         raise RuntimeError(f"{self.name}: {self.probe('gpu').reason}")
-
-
-class OnnxRuntimeCudaEngine(_NvidiaEngine):
-    """ONNX Runtime with the CUDA execution provider."""
-
-    name = "onnxruntime-cuda"
-    summary = "ONNX Runtime, CUDA provider: probed, not driven by this release"
-    package = "onnxruntime-gpu"
-    install = "pip install 'open-autoglm[gpu]'  # in an environment of its own, without onnxruntime"
 
 
 class TensorRTEngine(_NvidiaEngine):

@@ -47,6 +47,7 @@ _RUNTIMES = {
     "llamacpp": "llama-cpp-python",
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-gpu",
+    "onnxruntime-tensorrt": "onnxruntime-gpu",
     "openvino": "openvino",
     "tensorrt": "tensorrt-cu13-bindings",
     "tensorrt-rtx": "tensorrt-rtx-cu13-bindings",
@@ -143,7 +144,7 @@ def _installed_versions(candidate: Candidate) -> dict[str, str]:
     plugin = [point.dist.name for point in entry_points(group=engines.GROUP, name=engine) if point.dist]
     versions = {"python": sys.version.split()[0]}
     runtime = [_RUNTIMES[engine]] if engine in _RUNTIMES else plugin
-    if engine == "torch" and candidate.precision in ("int8", "int4"):
+    if engine == "torch" and candidate.precision in ("fp8", "int8", "int4"):
         runtime.append("torchao")  # the session rounds the weights
     for name in (*_NEEDED_BY_ALL, *runtime):
         try:

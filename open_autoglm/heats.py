@@ -99,11 +99,18 @@ def _run(bench: Bench, stage: Stage, contest: Contest, settings: Settings) -> St
         )
 
 
+class _Room(NamedTuple):
+    """Bytes in the host's memory and on the GPU."""
+
+    host: int
+    device: int
+
+
 class _Resident(NamedTuple):
     """One open child."""
 
     talk: Conversation
-    bytes: int
+    takes: _Room
 
 
 class Residents:
@@ -113,7 +120,8 @@ class Residents:
         self._bench, self._stage, self._settings = bench, stage, settings
         self._trials = {trial.id: trial for trial in contest.trials}
         self._open: OrderedDict[str, _Resident] = OrderedDict()
-        self._room = int(read_memory()[1] * RESIDENT_SHARE)
+        gpu = max((gpu.memory_bytes for gpu in bench.hardware.gpus), default=0)
+        self._room = _Room(int(read_memory()[1] * RESIDENT_SHARE), int(gpu * RESIDENT_SHARE))
         self._warmups: dict[str, list[Round]] = {}
         self._steady: dict[str, bool] = {}
         self._facts: dict[str, dict[str, str]] = {}
@@ -152,14 +160,22 @@ class Residents:
             return self._open[contestant].talk
         screening = self._trial(contestant).screening
         assert screening is not None, "only screened candidates race"
-        needed = screening.footprint.peak_rss_bytes
-        while self._open and needed + sum(child.bytes for child in self._open.values()) > self._room:
+        takes = _Room(screening.footprint.peak_rss_bytes, screening.footprint.device_bytes or 0)
+        while self._open and not self._holds(takes):
             self._open.popitem(last=False)[1].talk.close()
         log = self._bench.study.log_path(f"{contestant}-{self._stage}")
         talk = Conversation(self._bench, self._trial(contestant), log, self._settings)
-        self._open[contestant] = _Resident(talk, needed)
+        self._open[contestant] = _Resident(talk, takes)
         self._warm(contestant, talk)
         return talk
+
+    def _holds(self, takes: _Room) -> bool:
+        """Whether there is room for one more child beside those that are open."""
+        host, device = zip(*(child.takes for child in self._open.values()), strict=True)
+        if takes.host + sum(host) > self._room.host:
+            return False
+        # A GPU that shares the host's memory tells no size of its own.
+        return not self._room.device or takes.device + sum(device) <= self._room.device
 
     def _warm(self, contestant: str, talk: Conversation) -> None:
         """Compile, and run rounds until they are steady."""
@@ -180,7 +196,7 @@ class Residents:
         metrics = {
             **metrics_of(workload, counted),
             "load_ms": summarise(self._load_ms[contestant], "ms"),
-            "peak_rss_bytes": _memory(self._trial(contestant)),
+            **_memory(self._trial(contestant)),
         }
         return Measurements(
             metrics=metrics,
@@ -199,10 +215,12 @@ class Residents:
             child.talk.close()
 
 
-def _memory(trial: Trial) -> Metric:
+def _memory(trial: Trial) -> dict[str, Metric]:
     """Of the screening: memory is not read where time is."""
     assert trial.screening is not None
-    return summarise([trial.screening.footprint.peak_rss_bytes], "bytes")
+    footprint = trial.screening.footprint
+    peaks = {"peak_rss_bytes": footprint.peak_rss_bytes, "peak_device_bytes": footprint.device_bytes}
+    return {name: summarise([peak], "bytes") for name, peak in peaks.items() if peak is not None}
 
 
 def _with_result(bench: Bench, stage: Stage, trial: Trial, result: StageResult) -> Trial:

@@ -39,6 +39,7 @@ METRICS: dict[str, Shown] = {
     ),
     "goodput_rps": Shown("Goodput", "Requests within the limits", "requests/s", lower_is_better=False),
     "peak_rss_bytes": Shown("Peak RSS", "Peak resident memory", "bytes"),
+    "peak_device_bytes": Shown("Peak on GPU", "Peak memory on the GPU", "bytes"),
     "load_ms": Shown("Load", "Load time", "ms"),
 }
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Self
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import SessionOptions, draft_tokens_of, threads_of
+from open_autoglm.engines.contract import RAN_ELSEWHERE, SessionOptions, draft_tokens_of, threads_of
 from open_autoglm.export.store import export_candidate
 from open_autoglm.files import file_lock
 from open_autoglm.hardware import read_memory
@@ -120,9 +120,16 @@ class Conversation:
         return answer
 
     def first_request(self) -> jobs.FirstRequest:
-        """Answer one request: what compiles or reads for the first time does it here, not in a round."""
+        """Answer one request: what compiles or reads for the first time does it here, not in a round.
+
+        Raises Stopped also where another device or provider ran it than the candidate names.
+        """
         with device_lease(self._device, alone=False):
-            return self.ask("first_request", jobs.Nothing(), jobs.FirstRequest)
+            first = self.ask("first_request", jobs.Nothing(), jobs.FirstRequest)
+        if elsewhere := first.facts.get(RAN_ELSEWHERE):
+            self.close()
+            raise Stopped(Failure("failed", f"ran elsewhere: {elsewhere}"))
+        return first
 
     def close(self) -> None:
         self._child.close()
@@ -145,6 +152,8 @@ def child_environment(settings: Settings, threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(settings.home / "cache" / "inductor"),
+        "TRITON_CACHE_DIR": str(settings.home / "cache" / "triton"),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as the driver's tools count them
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -121,3 +121,34 @@ def allocates_without_end(_order: Order) -> NoReturn:
     held = []
     while True:
         held.append(bytearray(16 * 2**20))
+
+
+def raises_a_runtime_error(order: Order) -> NoReturn:
+    raise RuntimeError(order.text)
+
+
+def raises_torchs_own_error(_order: Order) -> NoReturn:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA error")
+
+
+def overfills_an_arena(_order: Order) -> NoReturn:
+    """A graph whose output is larger than ONNX Runtime's arena may become."""
+    import numpy as np
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    shape = helper.make_tensor_value_info("shape", TensorProto.INT64, [1])
+    filled = helper.make_tensor_value_info("filled", TensorProto.FLOAT, ["n"])
+    node = helper.make_node("ConstantOfShape", ["shape"], ["filled"])
+    graph = helper.make_graph([node], "fill", [shape], [filled])
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    arena = ort.OrtArenaCfg(2**20, -1, -1, -1)
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, arena)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, {"shape": np.array([2**24])})
+    raise AssertionError("an arena of 1 MiB held 64 MiB")

@@ -41,6 +41,7 @@ WHO_MAY_IMPORT = {
         "open_autoglm/export/tensorrt_api.py",
     },
     "torchao": {"open_autoglm/engines/torch_weights.py"},
+    "pynvml": {"open_autoglm/measure/device_memory.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
     "matplotlib": {"open_autoglm/figures.py"},
@@ -51,8 +52,8 @@ WHO_MAY_IMPORT = {
         "open_autoglm/quality/metrics.py",
     },
     "torch": {
-        "open_autoglm/engines/torch_engine.py",
         "open_autoglm/engines/capability_torch.py",  # whether it works on a GPU, in a child
+        "open_autoglm/engines/torch_session.py",
         "open_autoglm/engines/torch_weights.py",
         "open_autoglm/engines/tensorrt_executor.py",  # CUDA memory
         "open_autoglm/export/",
@@ -183,8 +184,8 @@ def test_what_measures_does_not_know_what_decides() -> None:
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
     shared = (
-        "contract", "gpu", "nvidia", "onnxruntime_session", "tensorrt_executor", "tensorrt_session",
-        "torch_weights", "unloadable",
+        "contract", "gpu", "nvidia", "onnxruntime_placement", "onnxruntime_session", "tensorrt_executor",
+        "tensorrt_session", "torch_session", "torch_weights", "unloadable",
     )  # fmt: skip
     capability = ("capability", *(f"capability_{part}" for part in ("driver", "elf", "packages")))
     allowed = {f"open_autoglm.engines.{name}" for name in (*shared, *capability)}
@@ -218,6 +219,7 @@ OPTIONAL = {
     "tensorrt": ["tensorrt-cu13"],
     "tensorrt_rtx": ["tensorrt-rtx-cu13-bindings"],
     "tensorrt_rtx_bindings": ["tensorrt-rtx-cu13-bindings"],
+    "pynvml": ["nvidia-ml-py"],
     "torchao": ["torchao"],
 }
 """Who provides what need not be installed here."""

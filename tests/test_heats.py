@@ -12,9 +12,10 @@ from benches import real_candidate, screened_trial, tiny_bench
 
 from open_autoglm import heats
 from open_autoglm.heats import Contest, run_stage
+from open_autoglm.measure.lease import device_lease
 from open_autoglm.measure.racing import HeatReport, Rules, balanced_orders
 from open_autoglm.measure.scenarios import figure_of
-from open_autoglm.schemas import Candidate, Measurements, Race, Trial
+from open_autoglm.schemas import Candidate, Gpu, Measurements, Race, Trial
 from open_autoglm.settings import Settings
 from open_autoglm.study import StudyRef
 from open_autoglm.trials import Bench
@@ -214,6 +215,40 @@ def test_who_dies_in_the_middle_falls_alone(
     assert compared == {trial.id for trial in others}
 
 
+def test_a_device_without_memory_ends_one_trial_only(
+    bench: Bench, shared_settings: Settings, fake_engine: Callable[..., Candidate]
+) -> None:
+    """Its reason says so, the device is free for the next, and the other runs to the end on the same one."""
+    full = fake_engine("fake-full", open="works", out_of_memory_at=18)
+    steady = fake_engine("fake-modest", open="works")
+    runners = [
+        screened_trial(bench, shared_settings, candidate.model_copy(update={"device": "gpu"}))
+        for candidate in (full, steady)
+    ]
+    (fallen, other), _ = run_stage(bench, "final", Contest(runners, rules(20)), shared_settings)
+    assert fallen.status == "out_of_memory"
+    assert fallen.reason.startswith("final: ran out of memory (RuntimeError: CUDA out of memory. Tried")
+    assert (other.status, len(figures(other).counted)) == ("ok", 20)
+    with device_lease("gpu", alone=True):
+        assert open_children() == 0
+
+
+def test_who_runs_elsewhere_than_it_says_cannot_win(
+    bench: Bench, shared_settings: Settings, fake_engine: Callable[..., Candidate]
+) -> None:
+    """A candidate of one provider whose nodes another ran has no figures, and its process is gone."""
+    told = "of 40 nodes TensorrtExecutionProvider left to others: CPUExecutionProvider 2 (Attention 2)"
+    quick = fake_engine("fake-elsewhere", open="works", elsewhere=told)
+    slow = fake_engine("fake-here", open="works", delay_ms=4)
+    runners = [screened_trial(bench, shared_settings, candidate) for candidate in (quick, slow)]
+    (fallen, other), race = run_stage(bench, "race", Contest(runners, rules(3, keep=1)), shared_settings)
+    assert (fallen.status, fallen.reason) == ("failed", f"race: ran elsewhere: {told}")
+    assert (fallen.measurements, fallen.metrics) == (None, {})
+    assert race.fallen["fake-elsewhere"].heat == 0
+    assert other.status == "ok"
+    assert open_children() == 0
+
+
 def test_a_stage_in_which_someone_failed_is_run_again(
     bench: Bench, contest: Contest, shared_settings: Settings, tmp_path: Path
 ) -> None:
@@ -256,17 +291,33 @@ def test_who_is_hopeless_is_stopped_with_the_proof(
     assert (leader.status, told[-1].leader) == ("ok", leader.id)
 
 
+def on_device(trial: Trial, device_bytes: int) -> Trial:
+    """The trial as if its screening had found it on a GPU, holding so much there."""
+    assert trial.screening is not None
+    footprint = trial.screening.footprint.model_copy(update={"device_bytes": device_bytes})
+    screening = trial.screening.model_copy(update={"footprint": footprint})
+    return trial.model_copy(update={"screening": screening})
+
+
 # ── little memory ────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("little", ["host", "device"])
 def test_where_memory_holds_only_one_they_take_turns(
+    little: str,
     bench: Bench,
     shared_settings: Settings,
     fake_engine: Callable[..., Candidate],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who ran longest ago is closed for the next and opened again for its own round; nothing is lost."""
-    monkeypatch.setattr(heats, "RESIDENT_SHARE", 0)
+    if little == "host":
+        monkeypatch.setattr(heats, "RESIDENT_SHARE", 0)
+    else:
+        gpu = Gpu(name="a small one", memory_bytes=2**30, driver="1")
+        bench = bench.model_copy(
+            update={"hardware": bench.hardware.model_copy(update={"gpus": (gpu,), "fingerprint": "small"})}
+        )
     alive: list[int] = []
 
     def count(_: HeatReport) -> None:
@@ -274,10 +325,14 @@ def test_where_memory_holds_only_one_they_take_turns(
 
     names = ("fake-one", "fake-two")
     runners = [screened_trial(bench, shared_settings, fake_engine(name, open="works")) for name in names]
+    if little == "device":
+        runners = [on_device(trial, 2**29) for trial in runners]
     contest = Contest(runners, rules(4, on_heat=count))
     trials, race = run_stage(bench, "final", contest, shared_settings)
     assert len(race.heats) == 4
     assert alive == [1] * 4
+    peaks = [trial.metrics["peak_device_bytes"].median for trial in trials if little == "device"]
+    assert peaks == [2**29] * len(peaks)
     opened = {trial.id: trial.metrics["load_ms"].samples for trial in trials}
     # Loaded once each before the first heat; who ends a heat also begins the next, so is still open then.
     assert opened == {"fake-one": 4, "fake-two": 3}

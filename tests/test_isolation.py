@@ -147,6 +147,34 @@ def test_a_job_that_gives_no_answer_gives_a_reason(job: str, status: str, reason
     assert "\n" not in failure.reason
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB",
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code while running MatMul node. "
+        "bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 1073741824",
+        "Available memory of 512 is smaller than requested bytes of 1024",
+        "CUDA failure 2: out of memory ; GPU=0 ; hostname=here ; expr=cudaMalloc((void**)&p, size);",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        "[resizingAllocator.cpp::allocate::75] Error Code 1: Cuda Runtime (out of memory (2))",
+    ],
+)
+def test_a_device_without_memory_is_told_as_such(said: str, log: Path) -> None:
+    """In the words of torch, ONNX Runtime, cuBLAS and TensorRT."""
+    failure = run("raises_a_runtime_error", log, said)
+    assert isinstance(failure, Failure)
+    assert failure.status == "out_of_memory"
+    assert said[:100] in failure.reason
+
+
+def test_an_arena_at_its_limit_is_out_of_memory(log: Path) -> None:
+    """What ONNX Runtime really says, and torch's own type of error."""
+    for job in ("overfills_an_arena", "raises_torchs_own_error"):
+        failure = run(job, log)
+        assert isinstance(failure, Failure)
+        assert failure.status == "out_of_memory", failure.reason
+
+
 def test_an_exception_leaves_its_traceback_in_the_log(log: Path) -> None:
     """The reason is one line; the rest is there for who wants to mend it."""
     run("raises", log, "this")

@@ -86,12 +86,11 @@ def test_an_older_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_yardsticks_are_what_they_were() -> None:
-    """Same reference, same baseline, none of them rounded; nothing new on a GPU."""
+    """Same reference, same baseline, none of them rounded."""
     found = proposed()
     assert [name for name, c in found.items() if c.reference] == ["torch-fp32"]
     assert [name for name, c in found.items() if c.baseline] == ["torch-bf16-compile"]
     assert found["torch-bf16-compile"].knobs == {"compile": True, "threads": "all"}
-    assert {c.precision for c in proposed("gpu").values()} == {"fp32", "bf16"}
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ class Engine(Protocol):
         ...
 
 
+RAN_ELSEWHERE = "ran_elsewhere"
+"""A session's fact: which part of the model ran on another device or provider than the candidate names, in
+words; absent if all of it ran there. A trial with it is failed: its figures are not of that candidate."""
+
+PEAK_DEVICE_BYTES = "peak_device_bytes"
+"""A session's fact: the most memory it held on a GPU, where its runtime tells."""
+
+
 # ── what engines share ───────────────────────────────────────────────────────────────────────────
 
 ALL_THREADS = "all"

@@ -12,22 +12,14 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 from open_autoglm.engines.capability import Asked, Reached
 from open_autoglm.engines.capability_driver import missing_driver
 from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX
-from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
 from open_autoglm.measure.isolation import Child, Failure
 from open_autoglm.packages import version_of
 from open_autoglm.schemas import (
-    Analysis,
-    Candidate,
-    Checkpoint,
-    Device,
-    ExportedModel,
-    Knob,
-    OptimizeSpec,
     Probe,
     ProbeStage,
 )
@@ -156,60 +148,3 @@ def _stopped(probe: Probe, rung: str, reached: Reached) -> Probe:
     built = "can build plans and cannot run them: " if probe.can_build and rung == _DEVICE else ""
     told = {"reason": built + reached.obstacle, "install": reached.install}
     return probe.model_copy(update={**told, "stage": "no_device" if rung == _DEVICE else probe.stage})
-
-
-# ── engines that are listed and not driven ───────────────────────────────────────────────────────
-
-_NOT_YET = "this release of Open-AutoGLM has no runner for it yet"
-
-
-class _NvidiaEngine:
-    """What the GPU engines share: a probe by package and driver, and one proposed candidate."""
-
-    name: str
-    summary: str
-
-    def probe(self, device: Device) -> Probe:
-        if device != "gpu":
-            return Probe(engine=self.name, stage="no_device", reason="this engine runs on NVIDIA GPUs only")
-        probe = probe_nvidia(self.name)
-        if probe.ready:
-            return probe.model_copy(update={"stage": "device", "reason": _NOT_YET})
-        return probe
-
-    def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
-        return [
-            Candidate(
-                id=f"{self.name}-fp16",
-                engine=self.name,
-                device="gpu",
-                precision="fp16",
-                weight_bits=16,
-                proposed_because="half the bytes of fp32 on tensor cores",
-            )
-        ]
-
-    def dimensions(self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> tuple[()]:
-        return ()
-
-    def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
-        self._refuse()
-
-    def recipe(self, candidate: Candidate) -> dict[str, Any] | None:
-        self._refuse()
-
-    def export(self, candidate: Candidate, checkpoint: Checkpoint, context: ExportContext) -> str:
-        self._refuse()
-
-    def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise RuntimeError(f"{self.name}: {self.probe('gpu').reason}")
-
-
-class OnnxRuntimeCudaEngine(_NvidiaEngine):
-    """ONNX Runtime with the CUDA execution provider."""
-
-    name = "onnxruntime-cuda"
-    summary = "ONNX Runtime, CUDA provider: probed, not driven by this release"

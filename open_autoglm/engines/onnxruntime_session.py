@@ -1,4 +1,4 @@
-"""A decoder graph in ONNX Runtime, on the CPU, with its KV cache."""
+"""A decoder graph in ONNX Runtime with its KV cache, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from open_autoglm.engines.contract import ALL_THREADS, Logits, SessionOptions, Tokens
-from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts
+from open_autoglm.engines.contract import ALL_THREADS, RAN_ELSEWHERE, Logits, SessionOptions, Tokens
+from open_autoglm.engines.onnxruntime_placement import (
+    NO_CPU_NODES,
+    ON_THE_CPU,
+    RECORD_NODES,
+    Nodes,
+    Placement,
+    WrongProvider,
+)
+from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, WRITE_INDICES, DecoderFacts
 from open_autoglm.schemas import Knob
 
 SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType(
@@ -35,17 +43,29 @@ _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
 class OnnxRuntimeSession:
-    """A decoder graph and its KV cache; :class:`SlottedSession` where the graph updates that in place."""
+    """A decoder graph and its KV cache: a :class:`SlottedSession` where the graph updates that in place, else
+    a :class:`GrowingSession`.
+
+    The cache is on the session's device, of the type of the graph's inputs. Tokens come from the host and
+    logits go there, so a call ends when the device is done. Raises WrongProvider, or what ONNX Runtime
+    raises, where it cannot run on ``placement``.
+    """
 
     def __init__(
-        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+        self,
+        directory: Path,
+        options: SessionOptions,
+        knobs: Mapping[str, Knob] = SESSION_KNOBS,
+        placement: Placement = ON_THE_CPU,
     ) -> None:
         self._facts = DecoderFacts.read(directory)
+        self._placement = placement
         self._options = options
         self._knobs = {**SESSION_KNOBS, **knobs}
         self._session = self._load(directory / GRAPH)
-        inputs = [value.name for value in self._session.get_inputs()]
+        inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._past_names = [name for name in inputs if name.startswith("past_key_values")]
+        self._cache_type = _CACHE_TYPES[next((inputs[name] for name in self._past_names), "tensor(float)")]
         self._fed = [name for name in inputs if name not in self._past_names]
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._vocab_size = int(self._session.get_outputs()[0].shape[-1])
@@ -63,9 +83,21 @@ class OnnxRuntimeSession:
         options.enable_mem_pattern = bool(self._knobs["memory_pattern"])
         options.enable_cpu_mem_arena = bool(self._knobs["arena"])
         options.add_session_config_entry(_SPINNING, "1" if self._knobs["allow_spinning"] else "0")
+        options.add_session_config_entry(RECORD_NODES, "1")
+        options.add_session_config_entry(NO_CPU_NODES, "1" if self._placement.whole else "0")
+        for name, size in self._placement.fixed.items():
+            options.add_free_dimension_override_by_name(name, size)
         os.environ[_NO_FLASH] = "0" if self._knobs["flash_attention"] else "1"
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.disable_fallback()
+        asked = self._placement.provider
+        if asked not in (compiled_in := ort.get_available_providers()):
+            raise WrongProvider(f"this build of ONNX Runtime has no {asked}, only {', '.join(compiled_in)}")
+        if self._placement.device == "cuda":
+            ort.preload_dlls()  # its libraries lie in other packages, where the loader does not look
+        session = ort.InferenceSession(
+            path, options, providers=[(asked, dict(self._placement.options))], enable_fallback=0
+        )
+        if (found := session.get_providers()[0]) != asked:
+            raise WrongProvider(f"{asked} was asked for and ONNX Runtime chose {found}; its log says why")
         return session
 
     def prefill(self, tokens: Tokens) -> Logits:
@@ -115,6 +147,7 @@ class OnnxRuntimeSession:
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
             "attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64),
             "position_ids": lengths[:, None] - np.arange(added, 0, -1),
+            WRITE_INDICES: lengths - added,
             FIRST_LOGITS: np.array([first_logits]),
         }
         binding = self._bound(rows)
@@ -124,17 +157,37 @@ class OnnxRuntimeSession:
         logits: Logits = np.empty((len(rows), given, self._vocab_size), dtype=np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
+        if self._placement.device == "cuda":
+            binding.synchronize_outputs()
         lengths[list(idle)] = self._lengths[rows.start : rows.stop][list(idle)]
         self._lengths[rows.start : rows.stop] = lengths
         return logits
+
+    def _zeros(self, shape: tuple[int, ...]) -> Any:
+        """An OrtValue of ``shape`` on the session's device. Zeros, since what is masked is multiplied by 0
+        in some kernels, and memory that nobody wrote may hold NaN."""
+        import onnxruntime as ort
+
+        stored, onnx_type = self._cache_type
+        zeros = np.zeros(shape, dtype=stored)
+        if self._placement.device == "cpu":
+            # Values on the CPU share the memory of their arrays: every layer needs an array of its own.
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, onnx_type)
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, onnx_type, self._placement.device)
+        value.update_inplace(zeros)
+        return value
 
     def facts(self) -> dict[str, str]:
         import onnxruntime as ort
 
         options = self._session.get_session_options()
+        nodes = Nodes.of(self._session)
+        elsewhere = nodes.elsewhere(self._placement.provider)
         return {
+            **({RAN_ELSEWHERE: elsewhere} if elsewhere else {}),
             "onnxruntime": ort.__version__,
             "providers": ",".join(self._session.get_providers()),
+            "nodes": nodes.words(),
             "threads": str(options.intra_op_num_threads),
             "graph_level": options.graph_optimization_level.name.removeprefix("ORT_ENABLE_").lower(),
             "spinning": {"1": "allowed", "0": "off"}[options.get_session_config_entry(_SPINNING)],
@@ -152,26 +205,35 @@ class GrowingSession(OnnxRuntimeSession):
     """Past and present are tensors of their own: each call concatenates and leaves a longer cache."""
 
     def __init__(
-        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+        self,
+        directory: Path,
+        options: SessionOptions,
+        knobs: Mapping[str, Knob] = SESSION_KNOBS,
+        placement: Placement = ON_THE_CPU,
     ) -> None:
-        super().__init__(directory, options, knobs)
+        super().__init__(directory, options, knobs, placement)
         self._binding = self._session.io_binding()
         self._cache: list[Any] = []
 
     def _reset(self, rows: int) -> None:
         super()._reset(rows)
         shape = (rows, self._facts.kv_heads, 0, self._facts.head_dim)
-        self._cache = [_on_cpu(np.zeros(shape, dtype=np.float32)) for _ in self._past_names]
+        self._cache = [self._zeros(shape) for _ in self._past_names]
 
     def _shorten(self, row: int, length: int) -> None:
         super()._shorten(row, length)
-        kept = [np.ascontiguousarray(value.numpy()[:, :, :length]) for value in self._cache]
-        self._cache = [_on_cpu(array) for array in kept]
+        self._cache = [self._shortened(value, length) for value in self._cache]
+
+    def _shortened(self, value: Any, length: int) -> Any:
+        import onnxruntime as ort
+
+        kept = np.ascontiguousarray(value.numpy()[:, :, :length])
+        return ort.OrtValue.ortvalue_from_numpy(kept, self._placement.device)
 
     def _bound(self, rows: range) -> Any:
         for past, present, value in zip(self._past_names, self._present_names, self._cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_output(present, "cpu")
+            self._binding.bind_output(present, self._placement.device)
         return self._binding
 
     def _run(self, rows: range, tokens: Tokens, first_logits: int, idle: Sequence[int] = ()) -> Logits:
@@ -185,19 +247,24 @@ class GrowingSession(OnnxRuntimeSession):
 
 
 class SlottedSession(OnnxRuntimeSession):
-    """Past and present are one buffer, ``float32[batch, kv_heads, max_tokens, head_dim]`` a layer: as
-    GroupQueryAttention has it, which reads from the attention mask how much of each row is valid.
+    """Past and present are one buffer, ``[batch, kv_heads, max_tokens, head_dim]`` a layer: as
+    GroupQueryAttention has it, which reads from the attention mask how much of each row is valid, and
+    TensorScatter, which is told where to write.
 
-    So every row is a slot, with a sequence of its own. The operator appends several tokens to a past for one
-    row only: prompts are read slot by slot, which costs nothing where one prompt keeps all cores busy.
+    So every row is a slot, with a sequence of its own. GroupQueryAttention appends several tokens to a past
+    for one row only: prompts are read slot by slot, which costs nothing where one keeps all cores busy.
     """
 
     def __init__(
-        self, directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+        self,
+        directory: Path,
+        options: SessionOptions,
+        knobs: Mapping[str, Knob] = SESSION_KNOBS,
+        placement: Placement = ON_THE_CPU,
     ) -> None:
-        super().__init__(directory, options, knobs)
+        super().__init__(directory, options, knobs, placement)
         shape = (options.batch_size, self._facts.kv_heads, options.max_tokens, self._facts.head_dim)
-        self._buffers = [np.zeros(shape, dtype=np.float32) for _ in self._past_names]
+        self._cache = [self._zeros(shape) for _ in self._past_names]
         self._bindings: dict[range, Any] = {}
 
     def append(self, slot: int, tokens: Tokens) -> Logits:
@@ -221,33 +288,41 @@ class SlottedSession(OnnxRuntimeSession):
     def _bound(self, rows: range) -> Any:
         """Bound once and kept: 6 % of a token of a small model went into binding the cache anew."""
         if rows not in self._bindings:
-            binding = self._bindings[rows] = self._session.io_binding()
-            for past, present, buffer in zip(
-                self._past_names, self._present_names, self._buffers, strict=True
-            ):
-                value = _on_cpu(buffer[rows.start : rows.stop])
-                binding.bind_ortvalue_input(past, value)
-                binding.bind_ortvalue_output(present, value)
+            self._bindings[rows] = self._bind(rows)
         return self._bindings[rows]
+
+    def _bind(self, rows: range) -> Any:
+        binding = self._session.io_binding()
+        _, onnx_type = self._cache_type
+        for past, present, value in zip(self._past_names, self._present_names, self._cache, strict=True):
+            slots, *sizes = value.shape()
+            start = value.data_ptr() + value.tensor_size_in_bytes() // slots * rows.start
+            place = (self._placement.device, 0, onnx_type, [len(rows), *sizes], start)
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
+        return binding
 
     def close(self) -> None:
         super().close()
-        self._bindings, self._buffers = {}, []
+        self._bindings, self._cache = {}, []
 
 
 def open_session(
-    directory: Path, options: SessionOptions, knobs: Mapping[str, Knob] = SESSION_KNOBS
+    directory: Path,
+    options: SessionOptions,
+    knobs: Mapping[str, Knob] = SESSION_KNOBS,
+    placement: Placement = ON_THE_CPU,
 ) -> OnnxRuntimeSession:
     """The session that fits the graph in ``directory``."""
     kind = SlottedSession if DecoderFacts.read(directory).kv_cache == "in_place" else GrowingSession
-    return kind(directory, options, knobs)
+    return kind(directory, options, knobs, placement)
 
 
 _LAST_POSITION, _EVERY_POSITION = -1, 0
 
-
-def _on_cpu(array: Any) -> Any:
-    """An OrtValue that shares the memory of ``array``, which must lie in one piece and be kept alive."""
-    import onnxruntime as ort
-
-    return ort.OrtValue.ortvalue_from_numpy(array)
+_CACHE_TYPES = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+}
+"""How numpy stores a type of the cache, and ONNX's number for it (``TensorProto.DataType``)."""

@@ -7,23 +7,21 @@ import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
-
-import numpy as np
+from importlib.util import find_spec
+from types import MappingProxyType
 
 from open_autoglm.engines.contract import (
     ALL_THREADS,
     ExportContext,
-    Logits,
     Session,
     SessionOptions,
-    Tokens,
     because_of,
     dimensions_around,
     thread_dimension,
-    threads_of,
 )
-from open_autoglm.engines.torch_weights import GROUP_SIZES, missing_torchao, round_linears
+from open_autoglm.engines.gpu import BF16_SINCE, FP8_SINCE, older_than
+from open_autoglm.engines.torch_session import TorchSession
+from open_autoglm.engines.torch_weights import GROUP_SIZES, missing_torchao
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -31,6 +29,7 @@ from open_autoglm.schemas import (
     Device,
     Dimension,
     ExportedModel,
+    Hardware,
     Knob,
     ModelProfile,
     OptimizeSpec,
@@ -38,14 +37,17 @@ from open_autoglm.schemas import (
     Probe,
 )
 
-_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
+
+_ON_GPU: Mapping[str, Knob] = MappingProxyType({"threads": ALL_THREADS, "kv_cache": "static"})
+"""A cache that grows would be copied for every token, and no CUDA graph could hold it."""
 
 
 class TorchEngine:
     """Loads the checkpoint itself; nothing is exported."""
 
     name = "torch"
-    summary = "PyTorch eager and torch.compile: fp32 (the reference), bf16, 8- and 4-bit weights"
+    summary = "PyTorch eager and torch.compile: fp32 (the reference), 16 bits, 8- and 4-bit weights"
 
     def probe(self, device: Device) -> Probe:
         if device == "gpu":
@@ -55,15 +57,14 @@ class TorchEngine:
         return Probe(engine=self.name, stage="ready", version=version("torch"), reason="CPU")
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+        if device == "gpu":
+            return _on_gpu(analysis.hardware)
         native = {"avx512_bf16", "amx_bf16"} & set(analysis.hardware.isa)
         bf16_hope = "this CPU computes bf16 natively" if native else "this CPU has no bf16 arithmetic"
-        if device == "gpu":
-            bf16_hope = "the GPU computes bf16 natively"
         eager: dict[str, Knob] = {"compile": False, "threads": ALL_THREADS}
-        reference = _candidate(device, "fp32", eager, "the reference that every other candidate is judged by")
-        plain = _candidate(device, "bf16", eager, f"half the bytes of fp32; {bf16_hope}")
-        by_hand = "what a careful person tunes by hand: static cache and torch.compile"
-        compiled = _candidate(device, "bf16", {**eager, "compile": True}, by_hand)
+        reference = _candidate("cpu", "fp32", eager, _REFERENCE)
+        plain = _candidate("cpu", "bf16", eager, f"half the bytes of fp32; {bf16_hope}")
+        compiled = _candidate("cpu", "bf16", {**eager, "compile": True}, _BY_HAND)
         if (missing := _missing_compiler()) is not None:
             compiled = compiled.vetoed(missing)
         found = [
@@ -71,14 +72,16 @@ class TorchEngine:
             plain,
             compiled.model_copy(update={"baseline": True}),
         ]
-        return found if device == "gpu" else [*found, *_rounded(analysis.profile)]
+        return [*found, *_rounded(analysis.profile)]
 
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
     ) -> tuple[Dimension, ...]:
-        """None for the reference and the baseline, which are yardsticks, and none on a GPU."""
-        if candidate.reference or candidate.baseline or candidate.device == "gpu":
+        """None for the reference and the baseline, which are yardsticks; on a GPU threads decide nothing."""
+        if candidate.reference or candidate.baseline:
             return ()
+        if candidate.device == "gpu":
+            return dimensions_around(candidate, [_CUDA_GRAPHS] if candidate.knobs["compile"] else [])
         space = [thread_dimension(analysis.hardware)]
         if candidate.precision == "int4":
             space.insert(0, _group_dimension(analysis.profile))
@@ -96,6 +99,49 @@ class TorchEngine:
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         return TorchSession(candidate, exported, options)
+
+
+_REFERENCE = "the reference that every other candidate is judged by"
+_BY_HAND = "what a careful person tunes by hand: static cache and torch.compile"
+
+_CUDA_GRAPHS = Dimension(
+    knob="cuda_graphs",
+    values=(True, False),
+    because="a token replayed as one launch waits for no Python, and a graph holds memory of its own",
+)
+
+
+def _on_gpu(hardware: Hardware) -> list[Candidate]:
+    """fp16 and bf16, eager and compiled; rounded weights compiled only, or they are widened in every call."""
+    eager: dict[str, Knob] = {"compile": False, **_ON_GPU}
+    compiled: dict[str, Knob] = {"compile": True, "cuda_graphs": True, **_ON_GPU}
+    found = [
+        _candidate("gpu", "fp32", eager, _REFERENCE).model_copy(update={"reference": True}),
+        _candidate("gpu", "bf16", eager, "half the bytes of fp32, on tensor cores"),
+        _candidate("gpu", "fp16", eager, "as bf16, with more digits and less range"),
+        _candidate("gpu", "bf16", compiled, _BY_HAND).model_copy(update={"baseline": True}),
+        _candidate("gpu", "fp16", compiled, "as bf16, with more digits and less range"),
+        _candidate("gpu", "int8", compiled, "8-bit weights: decode reads half of bf16's bytes"),
+        _candidate("gpu", "fp8", compiled, "8-bit floats: as many bytes as int8, a finer grid near zero"),
+    ]
+    return [_vetoed_if_impossible(candidate, hardware) for candidate in found]
+
+
+def _vetoed_if_impossible(candidate: Candidate, hardware: Hardware) -> Candidate:
+    """On a GPU without the arithmetic, or where a package that it needs is missing."""
+    precision = candidate.precision
+    needed = {"bf16": BF16_SINCE, "int8": BF16_SINCE, "fp8": FP8_SINCE}.get(precision)
+    reason = older_than(hardware, needed, precision) if needed else None
+    if precision in ("int8", "fp8"):
+        reason = reason or missing_torchao()
+    if candidate.knobs["compile"]:
+        reason = reason or _missing_triton() or _missing_compiler()
+    return candidate if reason is None else candidate.vetoed(reason)
+
+
+def _missing_triton() -> str | None:
+    """On a GPU torch.compile writes Triton kernels; torch's CPU builds come without it."""
+    return None if find_spec("triton") else "torch.compile on a GPU needs triton, which is not installed"
 
 
 def _rounded(profile: ModelProfile) -> list[Candidate]:
@@ -131,6 +177,8 @@ def _candidate(device: Device, precision: Precision, knobs: Mapping[str, Knob], 
         parts += [f"g{group_size}"] if group_size != GROUP_SIZES[0] else []
     if knobs["compile"]:
         parts.append("compile")
+    if knobs["compile"] and not knobs.get("cuda_graphs", True):
+        parts.append("nograph")
     if knobs["threads"] != ALL_THREADS:
         parts.append(f"t{knobs['threads']}")
     return Candidate(
@@ -149,114 +197,3 @@ def _missing_compiler() -> str | None:
     if any(shutil.which(compiler) for compiler in wanted):
         return None
     return f"torch.compile needs a C++ compiler and there is no {' or '.join(wanted)}: apt-get install g++"
-
-
-class TorchSession:
-    """A transformers model with a KV cache: static and compiled, or growing and eager."""
-
-    def __init__(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self._threads = threads_of(candidate, options)
-        torch.set_num_threads(self._threads)
-        self._torch = torch
-        self._device = "cuda" if candidate.device == "gpu" else "cpu"
-        self._compiled = bool(candidate.knobs["compile"])
-        self._options = options
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            exported.path,
-            dtype=torch.float32 if candidate.precision == "fp32" else torch.bfloat16,
-            trust_remote_code=bool(exported.details.get("trust_remote_code", False)),
-            output_loading_info=True,
-        )
-        if loading["missing_keys"]:
-            # transformers only warns and fills them with random numbers.
-            raise RuntimeError(f"the checkpoint has no weights for {sorted(loading['missing_keys'])[:5]}")
-        self._model = model.to(self._device).eval()
-        self._rounded = ""
-        if candidate.precision in ("int8", "int4"):
-            self._rounded = round_linears(
-                self._model, candidate.precision, int(candidate.knobs.get("group_size", 0))
-            )
-        if self._compiled:
-            # The decoder without the head, so that quality and timing run the very same kernels; one graph
-            # for the prompt's shape and one for a single token.
-            self._model.get_decoder().compile(dynamic=False)
-            if self._rounded:
-                # By itself, or it would widen its weights for every token.
-                self._model.get_output_embeddings().compile(dynamic=False)
-        self._cache: Any = None
-        self._cache_rows = 0
-        self._length = 0
-
-    def prefill(self, tokens: Tokens) -> Logits:
-        self._reset(len(tokens))
-        return self._forward(tokens, keep=1)[:, -1]
-
-    def decode(self, tokens: Tokens) -> Logits:
-        return self._forward(tokens[:, None], keep=1)[:, -1]
-
-    def full_logits(self, tokens: Tokens) -> Logits:
-        self._reset(len(tokens))
-        return self._forward(tokens, keep=0)
-
-    def _reset(self, rows: int) -> None:
-        from transformers.cache_utils import DynamicCache, StaticCache
-
-        if rows > self._options.batch_size:
-            raise ValueError(f"batch of {rows} in a session opened for {self._options.batch_size}")
-        self._length = 0
-        if not self._compiled:
-            self._cache = DynamicCache(config=self._model.config)
-        elif self._cache_rows == rows:
-            self._cache.reset()
-        else:
-            self._cache = StaticCache(config=self._model.config, max_cache_len=self._options.max_tokens)
-            self._cache_rows = rows
-            self._allocate_cache(rows)
-
-    def _allocate_cache(self, rows: int) -> None:
-        """Let one eager token allocate the cache, or the first prompt would compile a graph of its own."""
-        torch = self._torch
-        token = torch.zeros((rows, 1), dtype=torch.long, device=self._device)
-        with torch.no_grad():
-            self._model.get_decoder().forward(
-                input_ids=token, position_ids=token, past_key_values=self._cache, use_cache=True
-            )
-        self._cache.reset()
-
-    def _forward(self, tokens: Tokens, *, keep: int) -> Logits:
-        """Logits of the last ``keep`` positions, or of all for 0."""
-        torch = self._torch
-        length = self._length + tokens.shape[1]
-        if length > self._options.max_tokens:
-            raise ValueError(f"the cache holds {self._options.max_tokens} tokens, {length} were asked for")
-        positions = torch.arange(self._length, length, device=self._device)
-        # Not inference_mode: a compiled graph may not update a cache that was made outside of it.
-        with torch.no_grad():
-            output = self._model(
-                input_ids=torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device),
-                position_ids=positions[None].expand(len(tokens), -1),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-            logits: Logits = output.logits.float().cpu().numpy()
-        self._length = length
-        return logits
-
-    def facts(self) -> dict[str, str]:
-        facts = {
-            "torch": self._torch.__version__,
-            "device": self._device,
-            "threads": str(self._threads),
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-            "kv_cache": "static" if self._compiled else "growing",
-            "attention": str(self._model.config._attn_implementation),
-        }
-        return {**facts, "rounded": self._rounded} if self._rounded else facts
-
-    def close(self) -> None:
-        self._cache = None
-        del self._model

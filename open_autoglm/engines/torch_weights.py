@@ -1,8 +1,9 @@
 """Linear layers of a torch model with 8- or 4-bit weights, by torchao, beside bf16 arithmetic.
 
-Only weights are rounded. int8 has one scale per output, and inductor turns its product into
-``aten._weight_int8pack_mm``; int4 has a scale and a zero per group of inputs, packed for
-``aten._weight_int4pack_mm_for_cpu``. Both kernels read the weights as they are stored.
+Only weights are rounded. int8 and fp8 (E4M3) have one scale per output. On the CPU inductor turns int8's
+product into ``aten._weight_int8pack_mm``, on a GPU it widens a tile at a time inside its kernel. int4 has
+a scale and a zero per group of inputs, packed for ``aten._weight_int4pack_mm_for_cpu``. All these kernels
+read the weights as they are stored.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ def round_linears(model: Any, precision: Precision, group_size: int) -> str:
 
 
 def _config(precision: Precision, group_size: int) -> Any:
-    # torchao's inductor settings are for GPUs and would outlive the call: left alone.
+    # torchao's inductor settings would outlive the call and change what others compile: left alone.
     if precision == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
         return Int8WeightOnlyConfig(set_inductor_config=False)
+    if precision == "fp8":
+        from torchao.quantization import Float8WeightOnlyConfig
+
+        return Float8WeightOnlyConfig(set_inductor_config=False)
     # The only one of torchao's int4 layouts that the CPU has a kernel for.
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 

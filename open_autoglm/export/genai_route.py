@@ -14,9 +14,9 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from open_autoglm.export.graph import store_embedding_by_row
+from open_autoglm.export.graph import store_embedding_by_row, widen_logits
 from open_autoglm.schemas import Checkpoint
 
 NAME = "onnxruntime-genai"
@@ -45,15 +45,31 @@ def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
     store_embedding_by_row(output)
 
 
-def build(
-    checkpoint: Checkpoint, output: Path, scratch: Path, *, precision: str, options: Sequence[str] = ()
+def export_for_cuda(
+    checkpoint: Checkpoint, output: Path, scratch: Path, compute: Literal["fp16", "bf16"]
 ) -> None:
-    """Run the builder; ``precision`` and ``options`` are its own words."""
+    """As `export`, for ONNX Runtime's CUDA provider: weights, arithmetic and cache in ``compute``, logits
+    in fp32. Needs no GPU."""
+    build(checkpoint, output, scratch, precision=compute, provider="cuda")
+    store_embedding_by_row(output)
+    widen_logits(output)
+
+
+def build(
+    checkpoint: Checkpoint,
+    output: Path,
+    scratch: Path,
+    *,
+    precision: str,
+    provider: Literal["cpu", "cuda"] = "cpu",
+    options: Sequence[str] = (),
+) -> None:
+    """Run the builder; ``precision``, ``provider`` and ``options`` are its own words."""
     from onnxruntime_genai.models import builder
 
     source = _present_as_llama(checkpoint, scratch) if checkpoint.model_type in _AS_LLAMA else checkpoint.path
     remote = f"hf_remote={str(checkpoint.trust_remote_code).lower()}"
-    arguments = (str(source), str(source), str(output), precision, "cpu", str(scratch / "cache"))
+    arguments = (str(source), str(source), str(output), precision, provider, str(scratch / "cache"))
     with _glm_in_place_of_llama(checkpoint.model_type), contextlib.redirect_stdout(io.StringIO()):
         extra = builder.parse_extra_options(*arguments, [remote, *options])
         builder.create_model(*arguments, **extra)

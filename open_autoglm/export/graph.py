@@ -33,7 +33,8 @@ _SMALL_BYTES = 1024
 
 
 class DecoderFacts(Model):
-    """The KV cache of a decoder: keys and values, ``float32[batch, kv_heads, tokens, head_dim]``."""
+    """The KV cache of a decoder: keys and values, ``[batch, kv_heads, tokens, head_dim]`` of the type that
+    the graph's inputs have."""
 
     kv_heads: int
     head_dim: int
@@ -77,11 +78,45 @@ def choose_logits(directory: Path) -> None:
     onnx.save(model, directory / GRAPH)
 
 
+def widen_logits(directory: Path) -> None:
+    """Let GRAPH give its logits in fp32, whatever it computes with: what reads them knows one type."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = load_decoder(directory)
+    graph = model.graph
+    (logits,) = (output for output in graph.output if output.name == "logits")
+    if logits.type.tensor_type.elem_type == TensorProto.FLOAT:
+        return
+    narrow = "logits/narrow"
+    (maker,) = (node for node in graph.node if "logits" in node.output)
+    maker.output[list(maker.output).index("logits")] = narrow
+    for value in graph.value_info:
+        if value.name == "logits":
+            value.name = narrow
+    graph.node.append(
+        helper.make_node("Cast", [narrow], ["logits"], name="logits/widen", to=TensorProto.FLOAT)
+    )
+    logits.type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(model, directory / GRAPH)
+
+
 def load_decoder(directory: Path) -> Any:
     """GRAPH of ``directory``, an ``onnx.ModelProto``; its weights stay in their file."""
     import onnx
 
     return onnx.load(directory / GRAPH, load_external_data=False)
+
+
+def input_shapes(graph: Path) -> dict[str, tuple[int | str, ...]]:
+    """Of each input of an ONNX file: its dimensions, by name where they are open."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    return {
+        value.name: tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
+        for value in model.graph.input
+    }
 
 
 def save_decoder(model: Any, weights: Path, output: Path) -> None:

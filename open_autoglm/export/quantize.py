@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from open_autoglm.export.graph import load_decoder, save_decoder
 from open_autoglm.export.linears import Decoder, Linear
 from open_autoglm.export.recipe import OnnxRecipe
@@ -75,10 +77,11 @@ def _low_bit(decoder: Decoder, linear: Linear, recipe: OnnxRecipe, *, bits: int)
         bits=bits, block_size=recipe.block_size, is_symmetric=recipe.symmetric
     )
     weight = decoder.value(linear.weight)
-    packed, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    widened = weight.astype(np.float32, copy=False)
+    packed, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(widened)
     names = [
         decoder.add(f"{linear.weight}_Q{bits}", packed),
-        decoder.add(f"{linear.weight}_scales", scales),
+        decoder.add(f"{linear.weight}_scales", scales.astype(weight.dtype, copy=False)),
     ]
     if not recipe.symmetric:
         names.append(decoder.add(f"{linear.weight}_zero_points", zero_points))

@@ -9,8 +9,11 @@ from pydantic import Field
 from open_autoglm.export.linears import Role
 from open_autoglm.schemas import Model
 
-Scheme = Literal["fp32", "weight_only", "dynamic_int8", "int8"]
-"""Exact; low-bit weights (MatMulNBits); int8 with one activation scale per call; int8 with one per token."""
+Scheme = Literal["fp32", "half", "weight_only", "dynamic_int8", "int8"]
+"""Exact; weights in the 16 bits of `compute`; low-bit weights (MatMulNBits); int8 with one activation scale
+per call; int8 with one per token."""
+
+Compute = Literal["fp32", "fp16", "bf16"]
 
 Which = Literal["none", "worst", "all"]
 """Of the layers of one role: those that int8 products would cost most, as many as it takes."""
@@ -20,7 +23,10 @@ class OnnxRecipe(Model):
     """Precision and quantisation of one ONNX export."""
 
     scheme: Scheme
-    weight_bits: Literal[4, 8, 32] = Field(description="stored bits per linear weight, scales apart")
+    compute: Compute = Field(
+        "fp32", description="arithmetic and cache; the narrow ones are for a GPU's kernels"
+    )
+    weight_bits: Literal[4, 8, 16, 32] = Field(description="stored bits per linear weight, scales apart")
     block_size: int = Field(32, description="weights per scale (MatMulNBits)")
     symmetric: bool = Field(True, description="no zero points (MatMulNBits)")
     wide_roles: tuple[Role, ...] = Field((), description="weight_only: layers that get 8 bits instead")

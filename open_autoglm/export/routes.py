@@ -55,6 +55,7 @@ def library_versions() -> dict[str, str]:
 def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportContext) -> str:
     """Write GRAPH, its data and the decoder facts into ``context.output``; return the route's name.
 
+    A route is found right in fp32 on the CPU; what ``recipe.compute`` changes is judged with the trial.
     Raises NoRoute, or what the route raises.
     """
     # Inside the output, so that it goes with it if the exporter ends the process.
@@ -63,7 +64,7 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
         work, exact = Path(scratch) / "work", Path(scratch) / "exact"
         work.mkdir()
         exact.mkdir()
-        route.export(checkpoint, exact, work)
+        _export(route, checkpoint, recipe, exact, work)
         choose_logits(exact)
         facts = _facts(checkpoint, route)
         _apply(recipe, exact, context.output, checkpoint, facts)
@@ -71,11 +72,21 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
     return route.NAME
 
 
+def _export(route: Route, checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Path) -> None:
+    """Write the graph that the recipe begins with: all weights as wide as the arithmetic."""
+    if recipe.compute == "fp32":
+        route.export(checkpoint, output, scratch)
+    elif route.NAME == genai_route.NAME:
+        genai_route.export_for_cuda(checkpoint, output, scratch, recipe.compute)
+    else:
+        raise NoRoute(f"{route.NAME} is the only export route for this model, and it writes fp32 graphs")
+
+
 def _apply(
     recipe: OnnxRecipe, exact: Path, output: Path, checkpoint: Checkpoint, facts: DecoderFacts
 ) -> None:
     match recipe.scheme:
-        case "fp32":
+        case "fp32" | "half":
             exact_export(exact, output)
         case "dynamic_int8":
             dynamic_int8_export(exact, output)

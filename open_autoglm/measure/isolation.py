@@ -31,8 +31,18 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
     "can't allocate memory",
     "not enough memory",
-    "OutOfMemoryError",
+    "CUDA out of memory",  # torch, where it is wrapped in another error
+    "out of memory (2)",  # cudaErrorMemoryAllocation, as TensorRT prints it
+    "CUDA failure 2:",  # the same, as ONNX Runtime does
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to allocate memory for requested buffer of size",  # ONNX Runtime's arena, on any device
+    "is smaller than requested bytes of",  # the same, at its limit
+    "OutOfMemory",  # the type of torch's error, and a word of TensorRT's builder
 )
+"""What runtimes say, in an exception or in the log of a process that died, when there is no more memory."""
 
 
 @dataclass(frozen=True)

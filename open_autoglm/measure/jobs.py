@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import Field
 
 from open_autoglm import engines
-from open_autoglm.engines.contract import Session, SessionOptions, draft_tokens_of
+from open_autoglm.engines.contract import PEAK_DEVICE_BYTES, Session, SessionOptions, draft_tokens_of
+from open_autoglm.measure.device_memory import DeviceMemory
 from open_autoglm.measure.memory import FootprintWatch
 from open_autoglm.measure.scenarios import lead_in, run_round
 from open_autoglm.measure.workload import Request, Requests, load_rounds, short, warmup_request
@@ -94,7 +95,7 @@ class _Served:
     """The one session of this process."""
 
     def __init__(self, job: OpenJob) -> None:
-        self.watch = FootprintWatch()
+        self.watch = FootprintWatch(gpu=DeviceMemory.open() if job.candidate.device == "gpu" else None)
         self.options = job.options
         self.workload = job.workload
         self.draft_tokens = draft_tokens_of(job.candidate)
@@ -148,7 +149,7 @@ def first_request(_: Nothing) -> FirstRequest:
         served.run(served.requests[longest][:1], longest)
     elapsed_ms = (time.perf_counter() - started) * 1e3
     facts = served.session.facts()
-    device = facts.get("peak_device_bytes")
+    device = facts.get(PEAK_DEVICE_BYTES)
     footprint = served.watch.footprint(int(device) if device is not None else None)
     return FirstRequest(footprint=footprint, first_request_ms=elapsed_ms, facts=facts)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from open_autoglm.measure.device_memory import DeviceMemory
 from open_autoglm.measure.interference import kernel_text
 from open_autoglm.schemas import Footprint
 
@@ -28,9 +29,10 @@ class FootprintWatch:
     time nothing meanwhile, here or in another process, and do not sample while only waiting.
     """
 
-    def __init__(self, interval_s: float = 0.05, root: Path = _SELF) -> None:
-        self._interval_s, self._root = interval_s, root
+    def __init__(self, interval_s: float = 0.05, root: Path = _SELF, gpu: DeviceMemory | None = None) -> None:
+        self._interval_s, self._root, self._gpu = interval_s, root, gpu
         self._peak_pss = self._rss = self._files = 0
+        self._peak_device: int | None = None
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -49,13 +51,14 @@ class FootprintWatch:
     def footprint(self, device_bytes: int | None = None) -> Footprint:
         """Peak RSS is exact and since the start of the process. PSS is the highest of the samples, and the
         files' part is that of the sample with the highest RSS; a shorter peak is missed.
-        ``device_bytes`` is what the session says it holds on a GPU.
+        On a GPU the driver's highest sample counts, context and libraries included; ``device_bytes``, what
+        the session says its runtime holds, only where the driver does not tell.
         """
         return Footprint(
             peak_rss_bytes=read_peak_rss_bytes(self._root),
             peak_pss_bytes=self._peak_pss,
             mapped_file_bytes=self._files,
-            device_bytes=device_bytes,
+            device_bytes=device_bytes if self._peak_device is None else self._peak_device,
         )
 
     def _watch(self, done: threading.Event) -> None:
@@ -70,6 +73,9 @@ class FootprintWatch:
         # A kernel without page monitoring has no PSS to give; then RSS is what it cannot exceed.
         pss = _kib_fields(self._root / "smaps_rollup").get("Pss", status["VmRSS"])
         self._peak_pss = max(self._peak_pss, pss)
+        used = self._gpu.used_bytes() if self._gpu is not None else None
+        if used is not None:
+            self._peak_device = max(self._peak_device or 0, used)
 
 
 def read_peak_rss_bytes(root: Path = _SELF) -> int:

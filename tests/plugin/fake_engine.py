@@ -1,8 +1,9 @@
 """A third-party engine, as pip would install it: put this folder on PYTHONPATH and it is discovered.
 
 What it does wrong is written in a candidate's knobs: ``export`` and ``open`` each name an act below, and
-``dies_at`` is the number of the request that its process does not survive. ``delay_ms`` is how long it takes
-for a token.
+``dies_at`` is the number of the request that its process does not survive, ``out_of_memory_at`` of the one
+that its device has no memory for. ``delay_ms`` is how long it takes for a token, ``elsewhere`` what it says
+that another provider ran.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from open_autoglm.engines.contract import (
+    RAN_ELSEWHERE,
     ExportContext,
     Logits,
     Session,
@@ -92,8 +94,7 @@ class FakeEngine:
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         match candidate.knobs["open"]:
             case "works":
-                dies_at, delay_ms = (candidate.knobs.get(knob, 0) for knob in ("dies_at", "delay_ms"))
-                return FakeSession(dies_at=int(dies_at), delay_ms=float(delay_ms))
+                return FakeSession(**{name: candidate.knobs.get(name, 0) for name in FakeSession.KNOBS})
             case "gives-nan":
                 return FakeSession(fill=np.nan)
             case "raises":
@@ -109,16 +110,28 @@ class FakeEngine:
 class FakeSession:
     """Says the same of every token, after a millisecond or more."""
 
-    def __init__(self, fill: float = 0.0, dies_at: int = 0, delay_ms: float = 0.0) -> None:
+    KNOBS = ("dies_at", "out_of_memory_at", "delay_ms", "elsewhere")
+
+    def __init__(
+        self,
+        fill: float = 0.0,
+        dies_at: Knob = 0,
+        out_of_memory_at: Knob = 0,
+        delay_ms: Knob = 0,
+        elsewhere: Knob = "",
+    ) -> None:
         self._fill = fill
-        self._delay_s = (1 + delay_ms) / 1e3
-        self._dies_at = dies_at
+        self._delay_s = (1 + float(delay_ms)) / 1e3
+        self._dies_at, self._out_of_memory_at = dies_at, out_of_memory_at
+        self._elsewhere = elsewhere
         self._requests = 0
 
     def prefill(self, tokens: Tokens) -> Logits:
         self._requests += 1
         if self._requests == self._dies_at:
             ctypes.string_at(0)
+        if self._requests == self._out_of_memory_at:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.decode(tokens)
 
     def decode(self, tokens: Tokens) -> Logits:
@@ -129,7 +142,7 @@ class FakeSession:
         raise AssertionError("it has nothing to be judged by")
 
     def facts(self) -> dict[str, str]:
-        return {}
+        return {RAN_ELSEWHERE: str(self._elsewhere)} if self._elsewhere else {}
 
     def close(self) -> None:
         pass

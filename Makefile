@@ -9,7 +9,7 @@ READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 WHEELS := $(AUTOGLM_HOME)/wheels
 
-.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-speculation peers
+.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-gpu bench-speculation peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,15 @@ bench-peers: $(READY) $(DEMO)/config.json ## The newest study's champion against
 
 bench-growth: $(READY) $(DEMO)/config.json ## Time and memory over prompt, batch and layers, beside the roofline (8 minutes)
 	$(BIN)/python -m benchmarks.growth $(DEMO)
+
+# No .venv and no network: whatever Python has torch, onnx, transformers, numpy and pydantic will do.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+bench-gpu: ## On a GPU host: its tests, then all engines for GPUs on 1.5 and 9 billion random weights (10 minutes)
+	@if $(GPU_PYTHON) -c 'import pytest' 2> /dev/null; then \
+	  $(GPU_PYTHON) -m pytest --noconftest -m gpu tests/test_gpu.py || [ $$? -eq 5 ]; \
+	else echo "pytest is not installed: the GPU tests are left out"; fi
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 bench-speculation: $(READY) $(DEMO)/config.json ## Drafts by prompt lookup, by the kind of text (4 minutes)
 	$(BIN)/python -m benchmarks.speculation $(DEMO)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class RandomModelJob(Model):
     changes: dict[str, Any] = Field(description="entries of the config that differ")
     dtype: str = "float32"
     seed: int = 0
+    device: str = Field("cpu", description="draws the numbers; they differ from device to device")
 
 
 class RandomModelDone(Model):
@@ -43,10 +45,10 @@ def write_random_model(job: RandomModelJob) -> RandomModelDone:
         for name in TOKENIZER_FILES:
             if (job.like / name).exists():
                 shutil.copyfile(job.like / name, output / name)
-        return RandomModelDone(parameters=_write_weights(output, job.dtype, job.seed))
+        return RandomModelDone(parameters=_write_weights(output, job))
 
 
-def _write_weights(output: Path, dtype: str, seed: int) -> int:
+def _write_weights(output: Path, job: RandomModelJob) -> int:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -55,15 +57,16 @@ def _write_weights(output: Path, dtype: str, seed: int) -> int:
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, shape in _shapes(config).items():
         parts[_part_of(name)][name] = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(job.device).manual_seed(job.seed)
     places: dict[str, str] = {}
     numbers = total_bytes = 0
     for index, shapes in enumerate(parts.values(), start=1):
         file = f"model-{index:05d}-of-{len(parts):05d}.safetensors"
         tensors = {}
         for name, shape in shapes.items():
-            values = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * 0.02
-            tensors[name] = values.to(getattr(torch, dtype))
+            drawn = torch.ones if "norm" in name else partial(torch.randn, generator=generator)
+            values = drawn(shape, device=job.device) * (1 if "norm" in name else 0.02)
+            tensors[name] = values.to(getattr(torch, job.dtype)).cpu()
             numbers += values.numel()
             total_bytes += tensors[name].nbytes
         save_file(tensors, output / file, metadata={"format": "pt"})

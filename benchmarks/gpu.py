@@ -1,0 +1,285 @@
+"""Everything that a GPU host can tell, in one go and in a set time: engines, batches, models, raw rounds.
+
+``python -m benchmarks.gpu``: GLMs of 1.5 and 9 billion random weights, at batch 1 and 8, by every engine for
+GPUs. It needs torch, onnx, transformers, numpy and pydantic, no network and no installation; an engine whose
+own packages are missing is a row that says so. ``--tiny --device cpu`` runs the same code anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from benchmarks.checkout import declare_engines
+from benchmarks.gpu_contest import (
+    Course,
+    OutOfTime,
+    Row,
+    export,
+    run_waves,
+    usable_threads,
+)
+from benchmarks.gpu_models import SHAPES, draw_workload, write_checkpoint
+from open_autoglm import engines
+from open_autoglm.analysis import profile_model
+from open_autoglm.files import write_atomic
+from open_autoglm.hardware import find_gpus, read_cpu, read_memory
+from open_autoglm.measure.isolation import Failure
+from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, Hardware, Model, OptimizeSpec
+
+RESULTS = Path(__file__).parent / "results"
+BUDGET_S = 540.0
+"""A little under ten minutes, so that the table is written within them."""
+
+HEATS = 8
+START = {"gpu": ("glm-1.5b", "glm-9b"), "cpu": ("tiny",)}
+WANTED: dict[Device, tuple[str, ...]] = {
+    "gpu": (
+        "torch-cuda-bf16",
+        "torch-cuda-bf16-compile",
+        "torch-cuda-fp8-compile",
+        "onnxruntime-cuda-fp16",
+        "onnxruntime-cuda-w4-b32",
+        "onnxruntime-tensorrt-fp16",
+        "tensorrt-fp16",
+        "tensorrt-rtx-fp16",
+    ),
+    "cpu": ("torch-fp32", "torch-bf16", "onnxruntime-fp32", "onnxruntime-w8-b32", "onnxruntime-cuda-fp16"),
+}
+"""In the order they are tried: what surely runs, first."""
+
+
+class Result(Model):
+    """Stored as JSON."""
+
+    device: str
+    driver: str
+    host: str
+    python: str
+    torch: str
+    seconds: float
+    heats: int
+    rows: tuple[Row, ...]
+
+
+class _Budget:
+    """Callable: seconds that are left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    def __call__(self) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise OutOfTime(f"the time of {self._seconds:.0f} s was used up")
+        return left
+
+
+class Plan(NamedTuple):
+    """What is asked for."""
+
+    device: Device
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    heats: int
+    wanted: tuple[str, ...]
+
+
+# ── one model ────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_plan(plan: Plan, folder: Path, budget: _Budget) -> list[Row]:
+    """A row for every model, batch and candidate, whatever becomes of it."""
+    rows: list[Row] = []
+    for name in plan.models:
+        try:
+            for row in _run_model(plan, name, folder / name, budget):
+                rows.append(row)  # as they come, so that those before a timeout are kept
+        except OutOfTime as out:
+            rows.extend(_not_reached(plan, name, rows, str(out)))
+        shutil.rmtree(folder / name, ignore_errors=True)  # a large model's files would not fit beside others
+    return rows
+
+
+def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator[Row]:
+    budget()
+    checkpoint = write_checkpoint(name, folder, "cuda" if plan.device == "gpu" else "cpu")
+    hardware = _hardware()
+    course = Course(
+        checkpoint=checkpoint,
+        folder=folder,
+        threads=usable_threads(),
+        gpu_bytes=max((gpu.memory_bytes for gpu in hardware.gpus), default=0),
+        heats=plan.heats,
+    )
+    files, refused = [], []
+    for candidate in _candidates(plan, checkpoint, hardware):
+        refusal = _refusal(candidate, plan.device)
+        exported = refusal or export(course, candidate, budget)
+        if isinstance(exported, Failure):
+            refused.append((candidate, exported))
+        else:
+            files.append((candidate, exported))
+    for batch_size in plan.batches:
+        for candidate, failure in refused:
+            yield _row(name, batch_size, candidate.id, candidate.engine).stopped(
+                failure.status, failure.reason
+            )
+        workload = draw_workload(name, batch_size, plan.heats, folder / f"prompts-{batch_size}.npz")
+        yield from run_waves(course, files, workload, budget)
+
+
+def _candidates(plan: Plan, checkpoint: Checkpoint, hardware: Hardware) -> list[Candidate]:
+    """Those of `wanted` that an engine proposes; one that nobody knows is left out."""
+    # The host's peaks are not measured: no bound is asked for.
+    analysis = Analysis(profile=profile_model(checkpoint), hardware=hardware, roofline=())
+    spec = OptimizeSpec(model_path=str(checkpoint.path))
+    proposed = {c.id: c for n in engines.names() for c in engines.get(n).propose(analysis, spec, plan.device)}
+    return [proposed[name] for name in plan.wanted if name in proposed]
+
+
+def _refusal(candidate: Candidate, device: Device) -> Failure | None:
+    """Why it cannot be tried here, by its engine's own word."""
+    probe = engines.get(candidate.engine).probe(device)
+    if not probe.ready:
+        mend = f"; mend it with: {probe.install}" if probe.install else ""
+        return Failure("vetoed", f"{probe.stage}: {probe.reason}{mend}")
+    return Failure("vetoed", candidate.vetoed_because) if candidate.vetoed_because else None
+
+
+def _not_reached(plan: Plan, name: str, rows: Sequence[Row], reason: str) -> Iterator[Row]:
+    """Rows for what the time did not suffice for."""
+    there = {(row.model, row.batch_size, row.candidate) for row in rows}
+    for batch_size in plan.batches:
+        for candidate in plan.wanted:
+            if (name, batch_size, candidate) not in there:
+                yield _row(name, batch_size, candidate, "").stopped("time", reason)
+
+
+def _row(model: str, batch_size: int, candidate: str, engine: str) -> Row:
+    return Row(model=model, batch_size=batch_size, candidate=candidate, engine=engine, stage="planned")
+
+
+def _hardware() -> Hardware:
+    """The host as it is, its peaks unmeasured."""
+    model, isa = read_cpu()
+    total, available = read_memory()
+    gpus, reason = find_gpus()
+    return Hardware(
+        cpu_model=model,
+        cores=usable_threads(),
+        isa=isa,
+        memory_bytes=total,
+        available_memory_bytes=available,
+        read_bandwidth_bytes_per_s=0,
+        matmul_fp32_flops_per_s=0,
+        matmul_bf16_flops_per_s=None,
+        matmul_int8_ops_per_s=None,
+        gpus=gpus,
+        gpu_reason=reason,
+        os=platform.platform(),
+        python=platform.python_version(),
+        fingerprint="not measured",
+    )
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: medians of the raw rounds, or how far a candidate came and why no further."""
+    lines = [
+        "| model | batch | candidate | TTFT ms | TPOT ms | tokens/s | on the GPU | first request s | n |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [row.model, str(row.batch_size), row.candidate, *_figures(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(row: Row) -> list[str]:
+    if not row.rounds:
+        return [f"{row.stage}: {row.reason}".replace("|", "/").replace("\n", " "), *[""] * 5]
+    ttft, tpot = (median(getattr(r, name)[0] for r in row.rounds) for name in ("ttft_ms", "tpot_ms"))
+    device_bytes = row.footprint.device_bytes if row.footprint else None
+    return [
+        f"{ttft:.2f}",
+        f"{tpot:.2f}",
+        f"{1e3 * row.batch_size / tpot:.0f}",
+        "–" if device_bytes is None else f"{device_bytes / 2**30:.1f} GiB",
+        f"{row.first_request_ms / 1e3:.1f}",
+        f"{len(row.rounds)}" + (f" ({row.stage}: {row.reason})" if row.reason else ""),
+    ]
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--tiny", action="store_true", help="a model of two layers: what runs, not how fast")
+    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="instead of those of the device")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--heats", type=int, default=HEATS)
+    parser.add_argument("--candidates", nargs="+", help="instead of those that are usual on the device")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S)
+    parser.add_argument("--work", type=Path, help="where models and exports are written meanwhile")
+    parser.add_argument("--json", type=Path, help="instead of benchmarks/results/gpu-<device name>.json")
+    asked = parser.parse_args(arguments)
+    plan = Plan(
+        device=asked.device,
+        models=("tiny",) if asked.tiny else tuple(asked.models or START[asked.device]),
+        batches=tuple(asked.batches),
+        heats=asked.heats,
+        wanted=tuple(asked.candidates or WANTED[asked.device]),
+    )
+    with tempfile.TemporaryDirectory(prefix="autoglm-gpu-", dir=asked.work) as folder:
+        declare_engines(Path(folder) / "engines")
+        result = measure(plan, Path(folder), asked.budget_s)
+    path = asked.json or RESULTS / f"gpu-{_file_name(result.device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, result.model_dump_json(indent=1) + "\n")
+    sys.stdout.write(
+        f"{result.device}, driver {result.driver}, {result.seconds:.0f} s\n\n{table(result.rows)}"
+    )
+    sys.stdout.write(f"\nraw rounds: {path}\n")
+
+
+def measure(plan: Plan, folder: Path, budget_s: float) -> Result:
+    """Run the plan in ``folder``. Exits with a sentence if there is no GPU where one is asked for."""
+    from importlib.metadata import version
+
+    gpus, reason = find_gpus()
+    if plan.device == "gpu" and not gpus:
+        sys.exit(f"error: {reason}; try --tiny --device cpu")
+    started = time.monotonic()
+    rows = run_plan(plan, folder, _Budget(budget_s))
+    return Result(
+        device=gpus[0].name if plan.device == "gpu" else f"CPU {read_cpu()[0]}",
+        driver=gpus[0].driver if gpus else "none",
+        host=platform.platform(),
+        python=platform.python_version(),
+        torch=version("torch"),
+        seconds=time.monotonic() - started,
+        heats=plan.heats,
+        rows=tuple(rows),
+    )
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    main()

@@ -68,12 +68,13 @@ SHAPES = {
 
 
 def write_checkpoint(name: str, folder: Path, device: str) -> Checkpoint:
-    """A random checkpoint of a shape, in fp32 if tiny and else in bf16. It has no tokenizer."""
+    """A random checkpoint of a shape, in fp32 if tiny and else in bf16."""
     source, output = folder / "shape", folder / "checkpoint"
     dtype = "float32" if name == "tiny" else "bfloat16"
     source.mkdir(parents=True)
     config = _GLM | SHAPES[name].config
     (source / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(source)
     write_random_model(RandomModelJob(like=source, output=output, changes={}, dtype=dtype, device=device))
     return Checkpoint(
         path=output,
@@ -86,6 +87,21 @@ def write_checkpoint(name: str, folder: Path, device: str) -> Checkpoint:
         weight_dtype=dtype,
         context_tokens=config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
+    )
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A token per byte: exporters want a tokenizer, and calibration has texts to read."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(["<pad>", "<end>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(
+        folder
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -60,26 +61,20 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
     """
     # Inside the output, so that it goes with it if the exporter ends the process.
     with tempfile.TemporaryDirectory(dir=context.output) as scratch:
-        route = choose_route(checkpoint, context.ledger, Path(scratch))
+        routes = ROUTES if recipe.compute == "fp32" else (genai_route,)
+        route = choose_route(checkpoint, context.ledger, Path(scratch), routes)
         work, exact = Path(scratch) / "work", Path(scratch) / "exact"
         work.mkdir()
         exact.mkdir()
-        _export(route, checkpoint, recipe, exact, work)
+        if recipe.compute == "fp32":
+            route.export(checkpoint, exact, work)
+        else:
+            genai_route.export_for_cuda(checkpoint, exact, work, recipe.compute)
         choose_logits(exact)
         facts = _facts(checkpoint, route)
         _apply(recipe, exact, context.output, checkpoint, facts)
     facts.write(context.output)
     return route.NAME
-
-
-def _export(route: Route, checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, scratch: Path) -> None:
-    """Write the graph that the recipe begins with: all weights as wide as the arithmetic."""
-    if recipe.compute == "fp32":
-        route.export(checkpoint, output, scratch)
-    elif route.NAME == genai_route.NAME:
-        genai_route.export_for_cuda(checkpoint, output, scratch, recipe.compute)
-    else:
-        raise NoRoute(f"{route.NAME} is the only export route for this model, and it writes fp32 graphs")
 
 
 def _apply(
@@ -96,12 +91,14 @@ def _apply(
             int8_export(exact, output, checkpoint, recipe, facts)
 
 
-def choose_route(checkpoint: Checkpoint, ledger_path: Path, scratch: Path) -> Route:
-    """The first route that works for this model, by the ledger or else by a preflight entered into it."""
+def choose_route(
+    checkpoint: Checkpoint, ledger_path: Path, scratch: Path, routes: Sequence[Route] = ROUTES
+) -> Route:
+    """The first of ``routes`` that works for this model, by the ledger or by a preflight entered into it."""
     ledger = Ledger(ledger_path)
     reasons = []
     with ledger.locked():
-        for route in ROUTES:
+        for route in routes:
             problem = route.supports(checkpoint.model_type) or route.installed()
             problem = problem or _preflight(route, checkpoint, ledger, scratch)
             if problem is None:

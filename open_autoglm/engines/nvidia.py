@@ -160,7 +160,7 @@ def _stopped(probe: Probe, rung: str, reached: Reached) -> Probe:
 
 # ── engines that are listed and not driven ───────────────────────────────────────────────────────
 
-_NOT_YET = "this release of Open-AutoGLM has no runner for it yet"
+_NOT_YET = "works here, but this release of Open-AutoGLM has no runner for it yet"
 
 
 class _NvidiaEngine:

@@ -13,11 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-<<<<<<< HEAD
 .PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-gpu bench-speculation peers
-=======
-.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-gpu bench-speculation peers
->>>>>>> nv-cuda
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -33,7 +33,7 @@ _SMALL_BYTES = 1024
 
 
 class DecoderFacts(Model):
-    """The KV cache of a decoder: keys and values, ``float32[batch, kv_heads, tokens, head_dim]``."""
+    """The KV cache of a decoder: keys and values, ``[batch, kv_heads, tokens, head_dim]``."""
 
     kv_heads: int
     head_dim: int

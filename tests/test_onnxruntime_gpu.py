@@ -14,7 +14,7 @@ from tiny_models import VOCAB_SIZE
 
 from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
-from open_autoglm.engines.contract import DRAFT_TOKENS, ExportContext, SessionOptions
+from open_autoglm.engines.contract import DRAFT_TOKENS, ExportContext, SessionOptions, Slotted
 from open_autoglm.engines.onnxruntime_placement import Placement
 from open_autoglm.engines.onnxruntime_session import OnnxRuntimeSession, open_session
 from open_autoglm.engines.onnxruntime_tensorrt_engine import tensorrt_placement

@@ -58,7 +58,7 @@ def activation(nodes: Nodes, value: str, scale: float, kind: Format, compute: Co
     """``value`` rounded to a multiple of ``scale``, or to the fp8 numbers times it."""
     from onnx import helper
 
-    step = nodes.constant(f"{value}/scale", _at_least_tiny(numbers(np.array(scale), compute)))
+    step = nodes.constant(f"{value}/scale", _not_zero(numbers(np.array(scale), compute)))
     zero_type = helper.tensor_dtype_to_np_dtype(_onnx_type(kind))
     zero = nodes.constant(f"zero_point/{kind}", np.zeros((), dtype=zero_type))
     rounded = nodes.add("QuantizeLinear", [value, step, zero], f"{value}/quantized")
@@ -75,10 +75,10 @@ def _dequantized(
 
 def _scales(largest: Any, kind: Format, compute: Compute) -> NDArray[Any]:
     """What the numbers are multiples of: already in the type computed with, so that it is these they fit."""
-    return _at_least_tiny(numbers(np.asarray(largest / LARGEST[kind]), compute))
+    return _not_zero(numbers(np.asarray(largest / LARGEST[kind]), compute))
 
 
-def _at_least_tiny(scales: NDArray[Any]) -> NDArray[Any]:
+def _not_zero(scales: NDArray[Any]) -> NDArray[Any]:
     """Zeros need a scale too; any will do."""
     return np.where(scales > 0, scales, np.ones_like(scales))
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from open_autoglm.export.tensorrt_api import DeviceOutOfMemoryError
 from open_autoglm.schemas import Model
 
 
@@ -65,6 +66,10 @@ def raises(order: Order) -> NoReturn:
 
 def raises_memory_error(_order: Order) -> NoReturn:
     raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+def lacks_gpu_memory(_order: Order) -> NoReturn:
+    raise DeviceOutOfMemoryError("TensorRT 10.16 could not run: Requested size was 34359738368 bytes.")
 
 
 class IncorrectOutput(RuntimeError):

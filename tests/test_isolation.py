@@ -133,6 +133,7 @@ def test_the_child_gets_its_own_environment(log: Path, monkeypatch: pytest.Monke
         ("dies_while_answering", "crashed", "ended without an answer"),
         ("raises", "failed", "ValueError: this is wrong"),
         ("raises_memory_error", "out_of_memory", "can't allocate memory"),
+        ("lacks_gpu_memory", "out_of_memory", "Requested size was"),
         ("answers_nonsense", "incorrect", "logits that are not finite"),
         ("no_such_job", "failed", "no_such_job"),
     ],

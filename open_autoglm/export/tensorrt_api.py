@@ -202,7 +202,7 @@ class DeviceOutOfMemoryError(TensorRTFailure):
 
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILED|cudaError 2\b", re.I)
-_SOURCE = re.compile(r" In \S+ at \S+:\d+|\[\w+\.cpp::\w+::\d+\] ")
+_SOURCE = re.compile(r" ?\bIn \S+ at \S+:\d+|\[\w+\.cpp::\w+::\d+\] | \(In \S+ at \S+:\d+\)")
 """Where in TensorRT's own source a message comes from."""
 _NO_DRIVER = "cudaError 35"
 """TensorRT-RTX builds without a GPU, and says at every step that there is none."""

@@ -57,21 +57,17 @@ def build_plan(
     """
     trt = load(flavour)
     host = PlanHost(flavour=flavour, version=trt.__version__, gpu=host_gpu())
-    log = Log(trt)
-    builder = _builder(trt, log)
-    network = parse_graph(trt, builder, log, graph, sizes.cache_tokens)
-    profiles = {regime: input_ranges(network, sizes, regime) for regime in REGIMES}
-    config = _config(trt, builder, profiles, weight_streaming=weight_streaming)
+    parsed = ParsedGraph(trt, graph, sizes.cache_tokens)
+    profiles = {regime: input_ranges(parsed.network, sizes, regime) for regime in REGIMES}
+    config = parsed.config(profiles, weight_streaming=weight_streaming)
     kept = None if flavour == "tensorrt-rtx" else TimingFile(timings, host)
     warnings = [] if kept is None else kept.attach(config)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise log.failure(f"{flavour} {trt.__version__} cannot build the graph")
+    parsed.build(config, output / PLAN)
     if kept is not None:
         kept.save(config)
-    (output / PLAN).write_bytes(plan)
-    layers = network.num_layers
-    del plan, network, builder, config  # as large as the weights, each
+    layers = parsed.network.num_layers
+    warnings += dict.fromkeys(parsed.log.warnings)
+    del parsed, config  # as large as the weights
     can_run, reason = _try(trt, output, weight_streaming) if host.gpu else (None, "no GPU to try it on")
     record = PlanRecord(
         host=host,
@@ -84,7 +80,7 @@ def build_plan(
         runtime_cache=_digest(output, RUNTIME_CACHE) if (output / RUNTIME_CACHE).exists() else None,
         can_run=can_run,
         run_reason=reason,
-        warnings=(*warnings, *dict.fromkeys(log.warnings)),
+        warnings=tuple(warnings),
     )
     write_atomic(output / RECORD, record.model_dump_json(indent=2))
     return record
@@ -101,26 +97,56 @@ def _digest(directory: Path, name: str) -> FileDigest:
 # ── the network ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _builder(trt: TensorRT, log: Log) -> Builder:
-    try:
-        return trt.Builder(log.logger)
-    except TypeError as error:  # how the bindings say that TensorRT gave none
-        raise log.failure(f"TensorRT {trt.__version__} cannot start to build here") from error
+class ParsedGraph:
+    """A standard graph as TensorRT's network. The parser stays, since the network's weights are its own."""
 
+    def __init__(self, trt: TensorRT, graph: Path, cache_tokens: int) -> None:
+        """Read GRAPH of ``graph`` with a cache of ``cache_tokens``.
 
-def parse_graph(trt: TensorRT, builder: Builder, log: Log, graph: Path, cache_tokens: int) -> Network:
-    """The network of the standard graph in ``graph``, its cache ``cache_tokens`` long.
+        Raises TensorRTFailure with what the parser could not read.
+        """
+        self.log = Log(trt)
+        self._trt = trt
+        self._builder = self._make_builder()
+        # The flag is needed by TensorRT 10; later ones know no other networks.
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.network: Network = self._builder.create_network(flags)
+        self._parser = trt.OnnxParser(self.network, self.log.logger)
+        self._model = load_standard(graph, cache_tokens).SerializeToString()
+        if not self._parser.parse(self._model, path=str(graph / GRAPH)):
+            said = [self._parser.get_error(index).desc() for index in range(self._parser.num_errors)]
+            raise self.log.failure(f"TensorRT {trt.__version__} cannot read the graph", said)
 
-    Raises TensorRTFailure with what the parser could not read.
-    """
-    # Needed by TensorRT 10; later ones know no other networks.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log.logger)
-    model = load_standard(graph, cache_tokens).SerializeToString()
-    if not parser.parse(model, path=str(graph / GRAPH)):
-        said = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise log.failure(f"TensorRT {trt.__version__} cannot read the graph", said)
-    return network
+    def _make_builder(self) -> Builder:
+        try:
+            return self._trt.Builder(self.log.logger)
+        except TypeError as error:  # how the bindings say that TensorRT gave none
+            raise self.log.failure(f"TensorRT {self._trt.__version__} cannot build here") from error
+
+    def config(
+        self, profiles: dict[Regime, tuple[InputRange, ...]], *, weight_streaming: bool
+    ) -> BuilderConfig:
+        """A configuration with the ``profiles`` in their order."""
+        config = self._builder.create_builder_config()
+        for ranges in profiles.values():
+            profile = self._builder.create_optimization_profile()
+            for found in ranges:
+                set_range: Callable[..., None] = (
+                    profile.set_shape_input if found.values else profile.set_shape
+                )
+                set_range(found.name, found.least, found.best, found.most)
+            if config.add_optimization_profile(profile) < 0:
+                raise self.log.failure(f"TensorRT {self._trt.__version__} takes no profile of {ranges}")
+        if weight_streaming:
+            config.set_flag(self._trt.BuilderFlag.WEIGHT_STREAMING)
+        return config
+
+    def build(self, config: BuilderConfig, path: Path) -> None:
+        """Write the plan to ``path``. Raises TensorRTFailure, or DeviceOutOfMemoryError."""
+        plan = self._builder.build_serialized_network(self.network, config)
+        if plan is None:
+            raise self.log.failure(f"TensorRT {self._trt.__version__} cannot build the graph")
+        path.write_bytes(plan)
 
 
 # ── profiles ─────────────────────────────────────────────────────────────────────────────────────
@@ -151,26 +177,6 @@ def _range(tensor: Tensor, sizes: PlanSizes, regime: Regime) -> InputRange:
         best=at(sizes.batch_size, usual),
         most=at(sizes.batch_size, longest),
     )
-
-
-def _config(
-    trt: TensorRT,
-    builder: Builder,
-    profiles: dict[Regime, tuple[InputRange, ...]],
-    *,
-    weight_streaming: bool,
-) -> BuilderConfig:
-    config = builder.create_builder_config()
-    for ranges in profiles.values():
-        profile = builder.create_optimization_profile()
-        for found in ranges:
-            set_range: Callable[..., None] = profile.set_shape_input if found.values else profile.set_shape
-            set_range(found.name, found.least, found.best, found.most)
-        if config.add_optimization_profile(profile) < 0:
-            raise TensorRTFailure(f"TensorRT {trt.__version__} takes no profile with the shapes {ranges}")
-    if weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    return config
 
 
 # ── between builds ───────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, DecoderFacts
+from open_autoglm.export.graph import FIRST_LOGITS, GRAPH, WRITE_INDICES, DecoderFacts
 from open_autoglm.quality import texts
 from open_autoglm.schemas import Checkpoint
 
@@ -56,6 +56,7 @@ def observe(
     options = ort.SessionOptions()
     # Weights as they lie in the file are mapped; repacked for speed they would all be in memory once more.
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3  # errors: it warns of every cache that is copied
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [name for value in values for name in (_largest(value), _rows(value))]
     rows = np.linspace(0, windows.shape[1] - 1, ROWS_PER_WINDOW, dtype=np.int64)
@@ -109,12 +110,16 @@ def _write_probed(source: Path, target: Path, values: Sequence[str]) -> None:
 
 def _feeds(session: Any, tokens: NDArray[np.int64], rows: NDArray[np.int64], facts: DecoderFacts) -> Any:
     length = tokens.shape[1]
+    names = {given.name for given in session.get_inputs()}
+    # Such a graph needs room for the tokens, and computes the last layer only where logits are wanted.
+    writes = WRITE_INDICES in names
     known = {
         "input_ids": tokens,
         "attention_mask": np.ones((1, length), dtype=np.int64),
         "position_ids": np.arange(length, dtype=np.int64)[None],
         _ROWS: rows,
-        FIRST_LOGITS: np.array([-1]),
+        FIRST_LOGITS: np.array([0 if writes else -1]),
+        WRITE_INDICES: np.array([0]),
     }
-    empty = np.zeros((1, facts.kv_heads, 0, facts.head_dim), dtype=np.float32)
-    return {given.name: known.get(given.name, empty) for given in session.get_inputs()}
+    empty = np.zeros((1, facts.kv_heads, length if writes else 0, facts.head_dim), dtype=np.float32)
+    return {name: known.get(name, empty) for name in names}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,6 @@ _NEVER_READ = ("lm_head.weight", "rotary_emb.inv_freq")
 
 class UnknownModel(RuntimeError):
     """The checkpoint has something that the graph would leave out."""
-
-
-class Tensors(Protocol):
-    """Tensors by their names in the checkpoint."""
-
-    unread: set[str]
-    """Those that nobody asked for."""
-
-    def __contains__(self, name: str) -> bool: ...
-    def read(self, name: str) -> Floats: ...
 
 
 class StoredTensors:
@@ -68,13 +58,13 @@ class DecoderGraph(ABC):
     FORMAT: str
     """What it is called where something is refused."""
 
-    def __init__(self, checkpoint: Checkpoint, tensors: Tensors | None = None) -> None:
-        """Raises UnknownModel for what there are no nodes for. ``tensors`` stand in for the checkpoint's."""
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises UnknownModel for what there are no nodes for."""
         self._config = load_config(checkpoint.path)
         self._refuse()
         self._shape = profile_config(self._config)
         self._eps = float(self._config.rms_norm_eps)
-        self._tensors: Tensors = tensors or StoredTensors(checkpoint.path)
+        self._tensors = StoredTensors(checkpoint.path)
 
     def _refuse(self) -> None:
         config = self._config

@@ -17,6 +17,9 @@ GRAPH = "model.onnx"
 FIRST_LOGITS = "first_logits"
 """Its input ``int64[1]``: the first of a call's positions that logits are wanted of; 0: all, -1: the last."""
 
+WRITE_INDICES = "write_indices"
+"""Input ``int64[batch]`` of graphs that write new tokens into the cache they are given: where in each row."""
+
 _PRODUCTS = ("MatMul", "Gemm")
 
 DATA = f"{GRAPH}.data"
@@ -106,18 +109,23 @@ def stored(name: str, array: NDArray[Any], directory: Path, *, over: Any = None)
         return numpy_helper.from_array(array, name)
     path = directory / DATA
     room = None if over is None else _room(over, array.nbytes)
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    numbers = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # bfloat16 has no buffer
+    data = _pack(numbers) if kind == TensorProto.INT4 else numbers
     with path.open("r+b" if path.exists() else "w+b") as file:
         offset = file.seek(0, os.SEEK_END) if room is None else file.seek(room)
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer
-    tensor = TensorProto(
-        name=name,
-        dims=array.shape,
-        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-        data_location=TensorProto.EXTERNAL,
-    )
-    for key, value in {"location": DATA, "offset": offset, "length": array.nbytes}.items():
+        file.write(data.data)
+    tensor = TensorProto(name=name, dims=array.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": DATA, "offset": offset, "length": data.nbytes}.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
+
+
+def _pack(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """4-bit numbers, one to a byte, as two to a byte: the first in the lower half, as ONNX has them."""
+    first, second = np.pad(numbers, (0, numbers.size % 2)).reshape(-1, 2).T & 0xF
+    packed: NDArray[np.uint8] = first | (second << 4)
+    return packed
 
 
 def _room(tensor: Any, size_bytes: int) -> int | None:

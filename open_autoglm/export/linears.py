@@ -21,7 +21,11 @@ Vector = NDArray[np.float32]
 Role = Literal["head", "attention", "output", "mlp", "down"]
 """Logits; query, key and value; after attention; gate and up; after the gated product."""
 
-_NORM_WEIGHT = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+_NORM_WEIGHT = {
+    "RMSNormalization": 1,
+    "SimplifiedLayerNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+}
 """Fused RMSNorms, with the position of their weight among the inputs."""
 
 _ACTIVATION = 6

@@ -91,23 +91,37 @@ def fit(
     Only those among ``fixed`` are tried; all others get a scale per token.
     A value that others than ``linears`` read, or whose maker takes no scale, is not smoothed.
     """
-    scales = {}
+    chosen = choose(decoder, linears, seen, fixed)
     for source, readers in by_source(linears).items():
-        weights = [decoder.value(linear.weight) for linear in readers]
-        constant = decoder.scaled_by(source) if decoder.readers(source) == len(readers) else None
-        strengths = STRENGTHS if constant is not None else STRENGTHS[:1]
-        together = np.concatenate(weights, axis=1)
+        constant = smoothed_by(decoder, source, readers)
+        if constant is not None:
+            smoothing = chosen[source].smoothing
+            for linear in readers:
+                decoder.replace(linear.weight, decoder.value(linear.weight) * smoothing[:, None])
+            decoder.replace(constant, decoder.value(constant) / smoothing)
+    return {source: best.scale for source, best in chosen.items() if best.scale is not None}
+
+
+def smoothed_by(decoder: Decoder, source: str, readers: Sequence[Linear]) -> str | None:
+    """The constant to divide so that ``source`` is smoothed; None if others than ``readers`` read it."""
+    return decoder.scaled_by(source) if decoder.readers(source) == len(readers) else None
+
+
+def choose(
+    decoder: Decoder, linears: Sequence[Linear], seen: Mapping[str, Activations], fixed: frozenset[str]
+) -> dict[str, Rounding]:
+    """How to round each value that ``linears`` read, see `fit`; the graph stays as it is."""
+    found = {}
+    for source, readers in by_source(linears).items():
+        together = np.concatenate([decoder.value(linear.weight) for linear in readers], axis=1)
+        smooth = smoothed_by(decoder, source, readers) is not None
+        strengths = STRENGTHS if smooth else STRENGTHS[:1]
         best = _best(seen[source], together, strengths, fixed=False)
         if source in fixed:
             coarse = _best(seen[source], together, strengths, fixed=True)
             best = coarse if coarse.error <= TOLERANCE * best.error else best
-        if best.scale is not None:
-            scales[source] = best.scale
-        if constant is not None:
-            for linear, weight in zip(readers, weights, strict=True):
-                decoder.replace(linear.weight, weight * best.smoothing[:, None])
-            decoder.replace(constant, decoder.value(constant) / best.smoothing)
-    return scales
+        found[source] = best
+    return found
 
 
 @dataclass(frozen=True)

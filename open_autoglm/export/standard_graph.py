@@ -11,19 +11,26 @@ does the epsilon of GLM, 1.56e-7.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from open_autoglm.export.decoder_graph import DecoderGraph, Floats, Tensors
-from open_autoglm.export.graph import FIRST_LOGITS, DecoderFacts, load_decoder
+from open_autoglm.export import standard_weights
+from open_autoglm.export.decoder_graph import DecoderGraph, Floats
+from open_autoglm.export.graph import FIRST_LOGITS, WRITE_INDICES, DecoderFacts, load_decoder
+from open_autoglm.export.standard_calibrate import (
+    NOT_CALIBRATED,
+    Calibration,
+    calibrate_fp8,
+    calibrate_int8,
+)
 from open_autoglm.export.standard_nodes import Nodes, numbers, onnx_type
 from open_autoglm.export.standard_recipe import StandardRecipe
 from open_autoglm.schemas import Checkpoint
 
-WRITE_INDICES = "write_indices"
-"""Its input ``int64[batch]``: how many tokens of each row the cache holds, where its next ones go."""
+EXACT = StandardRecipe(compute="fp32")
 
 MAX_TOKENS = "max_tokens"
 """The places of a row in the cache: a length that is open in the graph that is written."""
@@ -43,9 +50,15 @@ def write_standard(checkpoint: Checkpoint, recipe: StandardRecipe, output: Path)
 
     Raises UnknownModel for what the graph has no nodes for, ValueError for weights beyond the type.
     """
-    graph = _StandardGraph(checkpoint, recipe, Nodes(output))
-    graph.write()
-    graph.facts().write(output)
+    calibrate = {"fp8": calibrate_fp8, "w8a8": calibrate_int8}.get(recipe.weights)
+    calibration = NOT_CALIBRATED
+    if calibrate is not None:
+        # Inside the output, so that it goes with it if the process ends.
+        with tempfile.TemporaryDirectory(dir=output) as scratch:
+            exact = Path(scratch)
+            StandardGraph(checkpoint, EXACT, exact).write()
+            calibration = calibrate(checkpoint, exact)
+    StandardGraph(checkpoint, recipe, output, calibration).write()
 
 
 def load_standard(directory: Path, max_tokens: int) -> Any:
@@ -64,23 +77,28 @@ def load_standard(directory: Path, max_tokens: int) -> Any:
     return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
-class _StandardGraph(DecoderGraph):
+class StandardGraph(DecoderGraph):
     FORMAT = "the standard graph"
 
     def __init__(
-        self, checkpoint: Checkpoint, recipe: StandardRecipe, nodes: Nodes, tensors: Tensors | None = None
+        self,
+        checkpoint: Checkpoint,
+        recipe: StandardRecipe,
+        output: Path,
+        calibration: Calibration = NOT_CALIBRATED,
     ) -> None:
-        super().__init__(checkpoint, tensors)
+        super().__init__(checkpoint)
+        self._recipe = recipe
         self._compute = recipe.compute
-        self._nodes = nodes
+        self._calibration = calibration
+        self._output = output
+        self._nodes = Nodes(output)
         self._context_tokens = checkpoint.context_tokens
+        self._rounded: dict[str, str] = {}
         self._cos = self._sin = self._visible = ""
 
-    def facts(self) -> DecoderFacts:
-        return DecoderFacts(kv_heads=self._shape.kv_heads, head_dim=self._shape.head_dim, kv_cache="in_place")
-
     def write(self) -> None:
-        """Raises UnknownModel if the checkpoint holds tensors that the graph does not use."""
+        """The graph and its facts. Raises UnknownModel if the checkpoint holds tensors of no use here."""
         from onnx import TensorProto
 
         nodes = self._nodes
@@ -99,22 +117,32 @@ class _StandardGraph(DecoderGraph):
         for present in self._caches("present"):
             nodes.output(present, onnx_type(self._compute), cache)
         nodes.save()
+        shape = self._shape
+        facts = DecoderFacts(kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_cache="in_place")
+        facts.write(self._output)
 
     def _caches(self, prefix: str) -> list[str]:
         layers = range(self._shape.layers)
         return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("key", "value")]
 
     def _logits(self) -> None:
-        nodes = self._nodes
-        embedding = self._tensors.read("model.embed_tokens.weight")
-        rows = nodes.constant("model.embed_tokens.weight", numbers(embedding, self._compute))
-        hidden = self._layers(nodes.add("Gather", [rows, "input_ids"], "model.embed_tokens"))
-        if self._shape.tied_embeddings:
-            columns = nodes.add("Transpose", [rows], "lm_head.weight", perm=[1, 0])
-            head = nodes.add("MatMul", [hidden, columns], "lm_head")
+        """The embedding is looked up and not multiplied: rounded it would save nothing, and be worse."""
+        nodes, name = self._nodes, "model.embed_tokens"
+        embedding = self._tensors.read(f"{name}.weight")
+        rows = nodes.constant(f"{name}.weight", numbers(embedding, self._compute))
+        hidden = self._layers(nodes.add("Gather", [rows, "input_ids"], name))
+        tied = self._shape.tied_embeddings
+        if tied and self._recipe.weights in _PLAIN_HEAD:
+            weight = nodes.add("Transpose", [rows], "lm_head.weight", perm=[1, 0])
         else:
-            head = self._product("lm_head", hidden, self._tensors.read("lm_head.weight"))
-        nodes.cast(head, "fp32", "logits")
+            weight = self._head_weight(embedding if tied else self._tensors.read("lm_head.weight"))
+        nodes.cast(nodes.add("MatMul", [hidden, weight], "lm_head"), "fp32", "logits")
+
+    def _head_weight(self, matrix: Floats) -> str:
+        """Of rounded graphs int8, and its input as it is: 4 bits are too few for what logits come from."""
+        if self._recipe.weights in _PLAIN_HEAD:
+            return standard_weights.plain(self._nodes, "lm_head.weight", matrix, self._compute)
+        return standard_weights.per_output(self._nodes, "lm_head.weight", matrix, self._compute)
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────
 
@@ -207,8 +235,39 @@ class _StandardGraph(DecoderGraph):
     # ── parts ────────────────────────────────────────────────────────────────────────────────────
 
     def _product(self, name: str, hidden: str, matrix: Floats) -> str:
-        weight = self._nodes.constant(f"{name}.weight", numbers(matrix.T, self._compute))
-        return self._nodes.add("MatMul", [hidden, weight], f"{name}/product")
+        return self._nodes.add(
+            "MatMul",
+            [self._operand(hidden), self._weight(f"{name}.weight", self._smoothed(name, hidden, matrix))],
+            f"{name}/product",
+        )
+
+    def _smoothed(self, name: str, hidden: str, matrix: Floats) -> Floats:
+        smoothing = self._calibration.smoothing.get(hidden)
+        divided = self._calibration.divided.get(f"{name}.weight")
+        matrix = matrix if smoothing is None else matrix * smoothing
+        return matrix if divided is None else matrix / divided[:, None]
+
+    def _operand(self, value: str) -> str:
+        """What a matrix multiplies: rounded once, however many do."""
+        scale = self._calibration.scales.get(value)
+        if scale is None:
+            return value
+        if value not in self._rounded:
+            kind: standard_weights.Format = "fp8" if self._recipe.weights == "fp8" else "int8"
+            self._rounded[value] = standard_weights.activation(self._nodes, value, scale, kind, self._compute)
+        return self._rounded[value]
+
+    def _weight(self, name: str, matrix: Floats) -> str:
+        nodes, compute = self._nodes, self._compute
+        match self._recipe.weights:
+            case "same":
+                return standard_weights.plain(nodes, name, matrix, compute)
+            case "int8" | "w8a8":
+                return standard_weights.per_output(nodes, name, matrix, compute)
+            case "int4":
+                return standard_weights.per_block(nodes, name, matrix, compute, self._recipe.block_size)
+            case "fp8":
+                return standard_weights.per_tensor(nodes, name, matrix, compute)
 
     def _biased(self, name: str, product: str, bias: Floats) -> str:
         stored_bias = self._nodes.constant(f"{name}.bias", numbers(bias, self._compute))
@@ -217,8 +276,10 @@ class _StandardGraph(DecoderGraph):
     def _rms(self, name: str, hidden: str, weight: Floats) -> str:
         nodes, exact = self._nodes, self._compute == "fp32"
         wide = hidden if exact else nodes.cast(hidden, "fp32", f"{name}/wide")
-        weights = nodes.constant(f"{name}.weight", weight)
-        normed = nodes.add("RMSNormalization", [wide, weights], f"{name}/normed", axis=-1, epsilon=self._eps)
+        divided = self._calibration.divided.get(f"{name}.weight", np.float32(1))
+        weights = nodes.constant(f"{name}.weight", weight / divided)
+        normed = name if exact else f"{name}/normed"
+        nodes.add("RMSNormalization", [wide, weights], normed, axis=-1, epsilon=self._eps)
         return normed if exact else nodes.cast(normed, self._compute, name)
 
     def _sum(self, stream: str, branch: str) -> str:
@@ -229,3 +290,7 @@ class _StandardGraph(DecoderGraph):
         share = nodes.add("Sigmoid", [gate], f"{name}/share")
         activated = nodes.add("Mul", [gate, share], f"{name}/activated")
         return nodes.add("Mul", [activated, up], f"{name}/gated")
+
+
+_PLAIN_HEAD = ("same", "fp8")
+"""Where the head is as it is computed with: fp8's too, as NVIDIA's ModelOpt has it by default."""

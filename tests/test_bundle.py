@@ -203,6 +203,16 @@ def test_moved_bundle_ends_where_its_generation_config_says(tiny_glm: Path, tmp_
     assert BundleModel(tmp_path / "moved").generate(["Hello"]) == [""]
 
 
+def test_a_cache_of_one_size_limits_what_is_served(study: Study, tmp_path: Path) -> None:
+    """Files that were built for 64 tokens serve 64, not the 4096 that others do."""
+    won = champion(study)
+    candidate = won.candidate.model_copy(update={"knobs": {**won.candidate.knobs, "cache_tokens": 64}})
+    build_bundle(study, won.model_copy(update={"candidate": candidate}), tmp_path / "bundle")
+    model = BundleModel(tmp_path / "bundle")
+    assert model.max_tokens == 64
+    model.close()
+
+
 def test_prompts_that_do_not_fit_are_refused_with_the_numbers(model: BundleModel) -> None:
     """The room is the model's context, and the refusal counts the tokens."""
     assert model.max_tokens == 512

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -48,10 +47,6 @@ from open_autoglm.schemas import (
 _SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType({"cuda_graph": False, **NO_DRAFTS})
 """None of these changes a plan."""
 
-BLOCK_SIZES = (128, 64)
-"""Inputs that share a scale of int4 weights, the cheapest first."""
-
-
 class _Scheme(NamedTuple):
     precision: Precision
     bits: int
@@ -89,24 +84,18 @@ class _NativeEngine:
         """On the CPU only the first, which stands there for all that it cannot run."""
         shared: dict[str, Knob] = {**_size_knobs(analysis.profile, spec), **_SESSION_KNOBS}
         schemes = ["fp16"] if device == "cpu" else list(_SCHEMES)
-        found = [self._start(scheme, shared, analysis.profile) for scheme in schemes]
+        found = [self._start(scheme, shared) for scheme in schemes]
         unknown = _unknown_model(analysis.profile)
         if unknown is not None:
             return [candidate.vetoed(unknown) for candidate in found]
         return [_vetoed_if_too_old(candidate, analysis.hardware) for candidate in found]
 
-    def _start(self, scheme: str, shared: Mapping[str, Knob], profile: ModelProfile) -> Candidate:
+    def _start(self, scheme: str, shared: Mapping[str, Knob]) -> Candidate:
         compute = "bf16" if scheme == "bf16" else "fp16"
         knobs: dict[str, Knob] = {"scheme": scheme, "compute": compute, "weight_streaming": False, **shared}
-        sizes = _block_sizes(profile)
         if scheme == "w4":
-            knobs["block_size"] = (sizes or BLOCK_SIZES)[0]
-        candidate = self._candidate(knobs, _SCHEMES[scheme].because)
-        if scheme == "w4" and not sizes:
-            return candidate.vetoed(
-                f"its layers' inputs are no multiples of {BLOCK_SIZES[-1]}, the smallest block"
-            )
-        return candidate
+            knobs["block_size"] = _BLOCK_SIZE.values[0]
+        return self._candidate(knobs, _SCHEMES[scheme].because)
 
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
@@ -117,7 +106,7 @@ class _NativeEngine:
         space = [
             *draft_dimensions(spec),
             _CUDA_GRAPH,
-            *([_block_dimension(analysis.profile)] if "block_size" in candidate.knobs else []),
+            *([_BLOCK_SIZE] if "block_size" in candidate.knobs else []),
             *([_COMPUTE] if rounded and not _lacks_bf16(analysis.hardware) else []),
             *([_WEIGHT_STREAMING] if memory_counts or _overfull(candidate, analysis) else []),
         ]
@@ -127,16 +116,15 @@ class _NativeEngine:
         return self._candidate({**candidate.knobs, **knobs}, because_of(candidate, knobs))
 
     def recipe(self, candidate: Candidate) -> dict[str, Any]:
+        from open_autoglm.export.routes import library_versions
+
         gpu = host_gpu()
         return {
             "standard": _standard_recipe(candidate).model_dump(),
             "sizes": _sizes(candidate).model_dump(),
             "weight_streaming": candidate.knobs["weight_streaming"],
             "gpu": None if gpu is None else gpu.model_dump(),
-            "versions": {
-                self.name: installed_version(self.name) or "absent",
-                **{name: version(name) for name in ("onnx", "open-autoglm", "transformers")},
-            },
+            "versions": {**library_versions(), self.name: installed_version(self.name) or "absent"},
         }
 
     def export(self, candidate: Candidate, checkpoint: Checkpoint, context: ExportContext) -> str:
@@ -204,6 +192,12 @@ _COMPUTE = Dimension(
     because="bf16 has fp32's range and fewer digits; kernels may differ",
 )
 
+_BLOCK_SIZE = Dimension(
+    knob="block_size",
+    values=(128, 64),
+    because="smaller blocks follow the weights closer and have more scales to read",
+)
+
 _WEIGHT_STREAMING = Dimension(
     knob="weight_streaming",
     values=(False, True),
@@ -267,18 +261,3 @@ def _overfull(candidate: Candidate, analysis: Analysis) -> bool:
     """Whether the weights alone are more than the first GPU holds."""
     gpus = analysis.hardware.gpus
     return bool(gpus) and analysis.profile.weight_bytes(candidate.weight_bits) > gpus[0].memory_bytes
-
-
-def _block_sizes(profile: ModelProfile) -> tuple[int, ...]:
-    """Blocks into which the inputs of every linear layer can be divided."""
-    heads_width = profile.attention_heads * (profile.value_head_dim or profile.head_dim)
-    inputs = (profile.hidden_size, profile.intermediate_size, heads_width)
-    return tuple(size for size in BLOCK_SIZES if all(width % size == 0 for width in inputs))
-
-
-def _block_dimension(profile: ModelProfile) -> Dimension:
-    return Dimension(
-        knob="block_size",
-        values=_block_sizes(profile),
-        because="smaller blocks follow the weights closer and have more scales to read",
-    )

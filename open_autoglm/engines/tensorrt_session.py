@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from open_autoglm.engines.contract import Logits, SessionOptions, Tokens
-from open_autoglm.export.standard_graph import WRITE_INDICES
+from open_autoglm.export.graph import WRITE_INDICES
 
 
 class Feeds(NamedTuple):

@@ -1,15 +1,19 @@
 # The commands of this repository; `make` alone lists them. PYTHON and EXTRAS choose what .venv is made of,
-# AUTOGLM_HOME where models, studies and databases are kept.
+# AUTOGLM_HOME where models, studies and databases are kept. A .venv made for a GPU is renewed for a GPU: the
+# extras `cpu` and `gpu` must never meet in it.
 PYTHON ?= python3.11
-EXTRAS ?= cpu,openvino,dev
+MADE_FOR_GPU := $(wildcard .venv/lib/python*/site-packages/onnxruntime_gpu-*.dist-info)
+EXTRAS ?= $(if $(MADE_FOR_GPU),gpu,cpu,openvino),trt-rtx,dev
 export AUTOGLM_HOME ?= $(CURDIR)/.autoglm
 
 BIN   := .venv/bin
 READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 WHEELS := $(AUTOGLM_HOME)/wheels
+PACK   ?= wheels-pack
+PART_MIB ?= 1900
 
-.PHONY: help demo up down venv llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-speculation peers
+.PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-speculation peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,15 +30,30 @@ up: $(READY) ## Start Prefect, MLflow and a worker on this machine, and deploy p
 down: $(READY) ## Stop what `make up` or `make demo` started
 	@$(BIN)/python infra/stack.py down
 
-venv: $(READY) ## Create .venv, or renew it if the pins have changed (about 2 minutes, 2.3 GB)
+venv: $(READY) ## Create .venv, or renew it if the pins have changed (about 2 minutes, 2.6 GB)
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) > /dev/null || { \
 	  echo "error: $(PYTHON) is not installed: install Python 3.11, or say where it is: make venv PYTHON=..."; exit 2; }
-	@echo "installing into .venv: about 2 minutes, 2.3 GB"
+	@echo "installing into .venv: about 2 minutes, 2.6 GB (more for a GPU)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+# TensorRT is apart, since its libraries come from NVIDIA's own package index: without it the rest still works.
+setup-gpu: ## Make .venv anew for an NVIDIA GPU (docs/gpu.md); says what works, and what could not be fetched
+	@$(PYTHON) -m venv --clear .venv
+	@$(MAKE) --no-print-directory venv EXTRAS=gpu,trt-rtx,dev
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[gpu,tensorrt]' || \
+	  echo "TensorRT could not be fetched: the engines tensorrt and onnxruntime-tensorrt stay vetoed"
+	@$(BIN)/open-autoglm doctor
+
+pack-wheels: ## Fetch the wheels of EXTRAS into PACK, in parts of PART_MIB, for a machine without a network
+	@$(PYTHON) infra/wheels.py pack --extras '$(EXTRAS)' --output '$(PACK)' --part-mib $(PART_MIB)
+
+unpack-wheels: ## Check the parts in PACK and make .venv of them; needs no network
+	@$(PYTHON) infra/wheels.py unpack --source '$(PACK)' --wheels '$(AUTOGLM_HOME)/packed-wheels' --venv .venv
+	@touch $(READY)
 
 # llama.cpp is compiled for the CPU it is compiled on, so the wheel is kept with the machine's other data.
 # With --find-links, pip takes the kept wheel for the source package of the same version.

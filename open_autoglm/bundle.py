@@ -48,7 +48,7 @@ _RUNTIMES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-gpu",
     "openvino": "openvino",
-    "tensorrt": "tensorrt",
+    "tensorrt": "tensorrt-cu13-bindings",
     "tensorrt-rtx": "tensorrt-rtx-cu13-bindings",
 }
 

@@ -37,6 +37,9 @@ _DISTURBED = 0.25
 
 _BENCH_TIMEOUT_S = 120
 _NO_DRIVER = "no NVIDIA driver found (nvidia-smi is not on PATH)"
+_NO_DRIVER_FOR_A_CARD = "there is an NVIDIA card but no driver for it (nvidia-smi is not on PATH)"
+_NVIDIA, _DISPLAY = "0x10de", "0x03"
+"""The vendor's PCI id, and how the class of a display controller begins, that of a 3D controller too."""
 
 
 def probe_hardware(cache_dir: Path, *, remeasure: bool = False) -> Hardware:
@@ -149,7 +152,7 @@ def find_gpus() -> Gpus:
     """NVIDIA GPUs as ``nvidia-smi`` lists them; it comes with every driver."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return Gpus((), _NO_DRIVER)
+        return Gpus((), _NO_DRIVER_FOR_A_CARD if has_nvidia_card() else _NO_DRIVER)
     columns = "--query-gpu=name,memory.total,driver_version,compute_cap"
     try:
         result = _run([command, columns, "--format=csv,noheader,nounits"], timeout_s=30)
@@ -160,6 +163,15 @@ def find_gpus() -> Gpus:
         return Gpus((), f"nvidia-smi failed: {said[0]}")
     gpus = tuple(_parse_gpu(line) for line in result.stdout.splitlines() if line.strip())
     return Gpus(gpus, "" if gpus else "nvidia-smi lists no GPU")
+
+
+def has_nvidia_card(root: Path = Path("/")) -> bool:
+    """Whether an NVIDIA GPU is on the PCI bus, driver or not. A container sees its host's."""
+    devices = (root / "sys/bus/pci/devices").glob("*")
+    return any(
+        _read(device / "vendor").strip() == _NVIDIA and _read(device / "class").startswith(_DISPLAY)
+        for device in devices
+    )
 
 
 def _parse_gpu(line: str) -> Gpu:

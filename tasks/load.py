@@ -8,6 +8,7 @@ from prefect import task
 
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.measure.lease import preparing
+from open_autoglm.packages import check_packages
 from open_autoglm.planning import load_model
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Checkpoint, Hardware, OptimizeSpec
@@ -17,7 +18,8 @@ from open_autoglm.study import StudyRef, open_study
 
 @task
 def load(spec: OptimizeSpec) -> Checkpoint:
-    """Validate the checkpoint: config, safetensors, tokenizer, digest."""
+    """Validate the environment and the checkpoint: config, safetensors, tokenizer, digest."""
+    check_packages()
     announce(f"load: {spec.model_path}")
     with preparing():
         return load_model(spec, Settings())

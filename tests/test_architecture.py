@@ -26,13 +26,20 @@ WHO_MAY_IMPORT = {
     "flows": {"flows/", "open_autoglm/cli/commands.py"},
     "mlflow": {"open_autoglm/tracking.py", "open_autoglm/pyfunc_model.py"},
     "great_expectations": {"open_autoglm/quality/gates.py"},
-    "onnxruntime": {"open_autoglm/engines/onnxruntime_session.py", "open_autoglm/export/"},
+    "onnxruntime": {
+        "open_autoglm/engines/onnxruntime_session.py",
+        "open_autoglm/engines/capability_onnxruntime.py",  # whether it works, in a child
+        "open_autoglm/export/",
+    },
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
-    "tensorrt": {"open_autoglm/export/tensorrt_api.py"},
-    "tensorrt_rtx": {"open_autoglm/export/tensorrt_api.py"},
-    "tensorrt_rtx_bindings": {"open_autoglm/export/tensorrt_api.py"},
+    "tensorrt": {"open_autoglm/engines/capability_tensorrt.py", "open_autoglm/export/tensorrt_api.py"},
+    "tensorrt_rtx": {"open_autoglm/engines/capability_tensorrt.py", "open_autoglm/export/tensorrt_api.py"},
+    "tensorrt_rtx_bindings": {
+        "open_autoglm/engines/capability_tensorrt.py",
+        "open_autoglm/export/tensorrt_api.py",
+    },
     "torchao": {"open_autoglm/engines/torch_weights.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
@@ -45,6 +52,7 @@ WHO_MAY_IMPORT = {
     },
     "torch": {
         "open_autoglm/engines/torch_engine.py",
+        "open_autoglm/engines/capability_torch.py",  # whether it works on a GPU, in a child
         "open_autoglm/engines/torch_weights.py",
         "open_autoglm/engines/tensorrt_executor.py",  # CUDA memory
         "open_autoglm/export/",
@@ -178,7 +186,8 @@ def test_engines_do_not_know_each_other() -> None:
         "contract", "gpu", "nvidia", "onnxruntime_session", "tensorrt_executor", "tensorrt_session",
         "torch_weights", "unloadable",
     )  # fmt: skip
-    allowed = {f"open_autoglm.engines.{name}" for name in shared}
+    capability = ("capability", *(f"capability_{part}" for part in ("driver", "elf", "packages")))
+    allowed = {f"open_autoglm.engines.{name}" for name in (*shared, *capability)}
     found = [f for f in IMPORTS if f.file.startswith("open_autoglm/engines/")]
     rivals = [f for f in found if f.module.startswith("open_autoglm.engines") and f.module not in allowed]
     assert [str(found) for found in rivals] == []
@@ -237,13 +246,17 @@ def locked() -> dict[str, str]:
 def pinned() -> dict[str, Any]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["cpu"], *extras["llamacpp"], *extras["openvino"]]
+    optional = [line for extra in ("cpu", "llamacpp", "openvino", "trt-rtx") for line in extras[extra]]
+    lines = [*project["dependencies"], *optional]
     return {normal(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
 
 
 def test_every_dependency_is_locked() -> None:
     """In constraints.txt or by an exact pin: one set of versions that is known to run together."""
-    assert sorted(requirements("cpu", "llamacpp", "openvino") - locked().keys() - pinned().keys()) == []
+    assert (
+        sorted(requirements("cpu", "llamacpp", "openvino", "trt-rtx") - locked().keys() - pinned().keys())
+        == []
+    )
 
 
 def test_no_package_has_two_versions() -> None:
@@ -255,6 +268,6 @@ def test_no_package_has_two_versions() -> None:
 def test_every_runtime_dependency_has_its_reason_written() -> None:
     """One line each in docs/dependencies.md."""
     written = normal((ROOT / "docs" / "dependencies.md").read_text().replace("`", " "))
-    asked = requirements("cpu", "llamacpp", "openvino")
+    asked = requirements("cpu", "gpu", "llamacpp", "openvino", "tensorrt", "trt-rtx")
     missing = [name for name in asked if not re.search(rf"(?<![\w-]){name}(?![\w-])", written)]
     assert missing == []

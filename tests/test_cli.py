@@ -486,7 +486,7 @@ def test_engines_lists_all_of_them(cli: Cli) -> None:
     probes = {probe["engine"]: probe for probe in json.loads(cli("engines", "--json").stdout)}
     assert set(probes) == set(engines.names())
     assert probes["torch"]["stage"] == "ready"
-    assert probes["tensorrt"]["install"].startswith("pip install tensorrt")
+    assert probes["tensorrt"]["install"].startswith("pip install 'open-autoglm[tensorrt]'")
 
 
 def test_report_shows_the_latest_study_again(cli: Cli, home: Path) -> None:
@@ -514,6 +514,14 @@ def test_doctor_finds_this_machine_fit(cli: Cli) -> None:
     assert outcome.code == (2 if problems else 0)
     assert all(finding["mend"] for finding in problems)
     assert {"CPU", "memory"} <= {finding["subject"] for finding in findings}
+    subjects = [finding["subject"] for finding in findings]
+    assert [name for name in subjects if name.startswith("GPU engine ")] == [
+        "GPU engine torch",
+        "GPU engine onnxruntime-cuda",
+        "GPU engine onnxruntime-tensorrt",
+        "GPU engine tensorrt",
+        "GPU engine tensorrt-rtx",
+    ]
 
 
 COMMANDS = ["", "optimize", "analyze", "engines", "report", "reproduce", "prune", "doctor", "demo-model"]

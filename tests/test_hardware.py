@@ -119,6 +119,27 @@ def install_nvidia_smi(directory: Path, monkeypatch: pytest.MonkeyPatch, script:
     monkeypatch.setenv("PATH", str(directory), prepend=os.pathsep)
 
 
+def pci_device(vendor: str, kind: str, slot: str = "0000:01:00.0") -> dict[str, str]:
+    folder = f"sys/bus/pci/devices/{slot}"
+    return {f"{folder}/vendor": f"{vendor}\n", f"{folder}/class": f"{kind}\n"}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "found"),
+    [
+        ("0x10de", "0x030200", True),  # a 3D controller: a GPU without a screen
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x040300", False),  # a GPU's sound
+        ("0x1002", "0x030000", False),  # another vendor's
+    ],
+)
+def test_a_card_is_seen_without_its_driver(tmp_path: Path, vendor: str, kind: str, found: bool) -> None:
+    """By the PCI bus, so that a missing driver can be told from a missing GPU."""
+    assert not hardware.has_nvidia_card(tmp_path)
+    write(tmp_path, pci_device("0x8086", "0x060000", "0000:00:00.0"))
+    assert hardware.has_nvidia_card(write(tmp_path, pci_device(vendor, kind))) is found
+
+
 def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line of nvidia-smi is a GPU; one without memory of its own has 0."""
     install_nvidia_smi(
@@ -144,9 +165,14 @@ def test_a_broken_driver_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_driver_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without nvidia-smi there is no GPU, and the sentence says so."""
+    """Without nvidia-smi there is no GPU, and the sentence says so; a card without a driver is told apart."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert hardware.find_gpus() == ((), "no NVIDIA driver found (nvidia-smi is not on PATH)")
+    for card, reason in (
+        (False, "no NVIDIA driver found (nvidia-smi is not on PATH)"),
+        (True, "there is an NVIDIA card but no driver for it (nvidia-smi is not on PATH)"),
+    ):
+        monkeypatch.setattr(hardware, "has_nvidia_card", lambda card=card: card)
+        assert hardware.find_gpus() == ((), reason)
 
 
 def test_this_host_is_measured_once(tmp_path: Path, measured: list[float]) -> None:

@@ -20,8 +20,8 @@ from tiny_models import build_checkpoint
 
 from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.engines.capability_driver import missing_driver
 from open_autoglm.engines.contract import ExportContext
-from open_autoglm.engines.nvidia import missing_driver
 from open_autoglm.export.graph import GRAPH
 from open_autoglm.export.standard_graph import MAX_TOKENS, write_standard
 from open_autoglm.export.standard_recipe import StandardRecipe

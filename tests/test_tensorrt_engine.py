@@ -179,7 +179,7 @@ def test_another_gpu_or_version_is_another_recipe(name: str, monkeypatch: pytest
     for gpu in (None, PlanGpu(name="NVIDIA X", compute_capability="9.0")):
         for version in (None, "10.16", "11.4"):
             monkeypatch.setattr(tensorrt_engine, "host_gpu", lambda gpu=gpu: gpu)
-            monkeypatch.setattr(tensorrt_engine, "installed_version", lambda _, version=version: version)
+            monkeypatch.setattr(tensorrt_engine, "version_of", lambda *_, version=version: version)
             recipes.append(engine.recipe(start))
     assert all(recipes.count(found) == 1 for found in recipes)
 

@@ -102,9 +102,11 @@ def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
 def _plan(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis, list[Candidate]]:
     """What the flow will begin with, so that a wrong request is found before a server is started for it."""
     from open_autoglm.export.store import check_disk
+    from open_autoglm.packages import check_packages
     from open_autoglm.planning import plan, resolve_device
     from open_autoglm.study import check_claim, check_output, study_key
 
+    check_packages()
     if spec.output is not None:
         check_output(Path(spec.output))
     checkpoint, analysis = _analyse(spec, settings)
@@ -237,7 +239,7 @@ def run_engines(as_json: bool) -> None:
 
     from open_autoglm.cli.console import make_console, print_engines
 
-    probes = [engines.get(name).probe("cpu") for name in engines.names()]
+    probes = [engines.probe(name) for name in engines.names()]
     if as_json:
         click.echo(json.dumps([probe.model_dump(mode="json") for probe in probes]))
     else:

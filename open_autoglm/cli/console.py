@@ -230,12 +230,11 @@ def _host(analysis: Analysis) -> list[tuple[str, str]]:
 def print_engines(probes: Sequence[Probe], console: Console) -> None:
     """Which engines can run here, and how to get the others."""
     table = _table("Engine", "State", "Version", "What was found")
-    words = {"missing": "missing", "installed": "installed", "no_device": "no device", "ready": "ready"}
     for probe in probes:
         style = "green" if probe.ready else "dim"
         table.add_row(
             _text(probe.engine),
-            _text(words[probe.stage], style),
+            _text(probe.stage.replace("_", " "), style),
             _text(probe.version or "–"),
             _text(probe.reason),
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import click
 
 from open_autoglm import engines
 from open_autoglm.cli.prefect_server import is_up
-from open_autoglm.schemas import Hardware, Model
+from open_autoglm.engines import nvidia
+from open_autoglm.packages import find_clash, version_of
+from open_autoglm.schemas import Hardware, Model, Probe
 from open_autoglm.settings import Settings
 from open_autoglm.units import quantity
 
@@ -38,10 +39,11 @@ def run_doctor(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps([finding.model_dump() for finding in findings]))
     else:
+        width = max(len(finding.subject) for finding in findings)
         for finding in findings:
-            click.echo(f"{_MARKS[finding.state]} {finding.subject:<20} {finding.found}")
+            click.echo(f"{_MARKS[finding.state]} {finding.subject:<{width}} {finding.found}")
             if finding.mend:
-                click.echo(f"  {'':<20} → {finding.mend}")
+                click.echo(f"  {'':<{width}} → {finding.mend}")
     return 2 if any(finding.state == "problem" for finding in findings) else 0
 
 
@@ -50,7 +52,7 @@ def _host(hardware: Hardware) -> list[Finding]:
     cpu = f"{hardware.cpu_model}, {hardware.cores} cores, {', '.join(fast) or 'no VNNI, BF16 or AMX'}"
     bandwidth = hardware.read_bandwidth_bytes_per_s / 1e9
     memory = f"{quantity(hardware.available_memory_bytes, 'bytes')} available, {bandwidth:.0f} GB/s read"
-    gpu = ", ".join(gpu.name for gpu in hardware.gpus)
+    gpu = ", ".join(f"{gpu.name}, driver {gpu.driver}" for gpu in hardware.gpus)
     return [
         Finding(subject="CPU", state="ok", found=cpu),
         Finding(subject="memory", state="ok", found=memory),
@@ -61,26 +63,30 @@ def _host(hardware: Hardware) -> list[Finding]:
 def _engines() -> list[Finding]:
     findings = []
     for name in engines.names():
-        probe = engines.get(name).probe("cpu")
-        found = f"{probe.version or 'not installed'}: {probe.reason}"
+        if name in nvidia.NAMES and name != "torch":
+            continue  # they are among the GPU's
+        probe = engines.probe(name)
         state: State = "ok" if probe.ready else "problem" if name == "torch" else "note"
-        findings.append(Finding(subject=f"engine {name}", state=state, found=found, mend=probe.install))
+        findings.append(_finding(f"engine {name}", probe, state))
+    for name in nvidia.NAMES:
+        probe = nvidia.probe_nvidia(name)
+        findings.append(_finding(f"GPU engine {name}", probe, "ok" if probe.ready else "note"))
     return findings
+
+
+def _finding(subject: str, probe: Probe, state: State) -> Finding:
+    """How far the engine came, in its probe's words."""
+    stage = "" if probe.ready else f" ({probe.stage.replace('_', ' ')})"
+    found = f"{probe.version}{stage}: {probe.reason}" if probe.version else probe.reason
+    return Finding(subject=subject, state=state, found=found, mend=probe.install)
 
 
 def _packages() -> list[Finding]:
     """Pairs that must not be together, and pins whose violation shows only much later."""
-    cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
-    if cpu and gpu:
-        both = Finding(
-            subject="onnxruntime",
-            state="problem",
-            found="onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
-            mend="pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them",
-        )
-    else:
-        both = Finding(subject="onnxruntime", state="ok", found="one wheel, as it should be")
-    sqlalchemy = _version("sqlalchemy") or "0"
+    both = Finding(subject="onnxruntime", state="ok", found="one wheel, as it should be")
+    if (clash := find_clash()) is not None:
+        both = Finding(subject="onnxruntime", state="problem", found=clash.sentence, mend=clash.mend)
+    sqlalchemy = version_of("sqlalchemy") or "0"
     scheduled = tuple(int(part) for part in sqlalchemy.split(".")[:2]) < (2, 1)
     schedules = Finding(
         subject="schedules",
@@ -117,10 +123,3 @@ def _servers(settings: Settings) -> list[Finding]:
             finding = finding.model_copy(update=told)
         findings.append(finding)
     return findings
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

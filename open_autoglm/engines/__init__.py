@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from open_autoglm.engines.contract import Engine
 from open_autoglm.engines.unloadable import UnloadableEngine
 from open_autoglm.errors import UserError
+from open_autoglm.schemas import Probe
 
 GROUP = "open_autoglm.engines"
 
@@ -32,3 +33,13 @@ def get(name: str) -> Engine:
                 return UnloadableEngine(name, f"{point.value} cannot be loaded: {error}")
             return engine
     raise UserError(f"unknown engine {name!r}: choose from {', '.join(names())}")
+
+
+def probe(name: str) -> Probe:
+    """What the engine called ``name`` can do here: on the CPU, or on a GPU if it does not serve the CPU.
+
+    Raises UserError as `get` does.
+    """
+    engine = get(name)
+    on_cpu = engine.probe("cpu")
+    return engine.probe("gpu") if on_cpu.stage == "no_device" else on_cpu

@@ -1,17 +1,25 @@
-"""Engines that need an NVIDIA GPU. They are probed and listed everywhere, so that a study on a machine
-without one says what was left out and why. This release measures torch on CUDA; ONNX Runtime's CUDA
-provider is probed, proposed and vetoed with the reason, never run on the CPU instead.
+"""Whether the engines that need an NVIDIA GPU can run here, found out by trying.
+
+Each engine is climbed rung by rung in a child process: import it, load its libraries, find a device, multiply
+two matrices and compare with numpy. The highest rung reached and what stopped it make the probe; a child that
+crashes or hangs is a result like any other. An engine whose package is not installed starts no child.
 """
 
 from __future__ import annotations
 
-import ctypes
+import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NoReturn
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
+from open_autoglm.engines.capability import Asked, Reached
+from open_autoglm.engines.capability_driver import missing_driver
+from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
-from open_autoglm.export.tensorrt_api import Flavour, installed_version
+from open_autoglm.measure.isolation import Child, Failure
+from open_autoglm.packages import version_of
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -21,54 +29,138 @@ from open_autoglm.schemas import (
     Knob,
     OptimizeSpec,
     Probe,
+    ProbeStage,
 )
 
-_NOT_YET = "found, but this release of Open-AutoGLM has no runner for it yet"
+RUNG_TIMEOUT_S = 120.0
+"""The first program on a GPU may be compiled for it, which takes tens of seconds."""
+
+_PLAN, _DEVICE = "reach_plan", "reach_device"
+
+_DOING = MappingProxyType(
+    {
+        "reach_import": "importing it",
+        "reach_libraries": "loading its libraries",
+        _DEVICE: "looking for a GPU",
+        _PLAN: "building a small network",
+        "reach_product": "multiplying two matrices",
+    }
+)
+"""Every rung is a function of the engine's module."""
 
 
-def missing_driver() -> str | None:
-    """None if the CUDA driver library can be loaded, else the reason why no GPU engine can run."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "needs an NVIDIA GPU and there is no driver here (libcuda.so.1 cannot be loaded)"
-    return None
+class _Climb(NamedTuple):
+    packages: tuple[str, ...]
+    module: str
+    rungs: Mapping[str, ProbeStage]
+    """In their order, each with the stage that it completes."""
 
 
-def probe_torch_cuda(torch_version: str) -> Probe:
-    """Whether torch can use a GPU here."""
-    reason = missing_driver()
-    if reason is not None:
-        return Probe(
-            engine="torch", stage="no_device", version=torch_version, reason=f"torch on CUDA {reason}"
-        )
-    if "+cpu" in torch_version:
-        return Probe(
-            engine="torch",
-            stage="installed",
-            version=torch_version,
-            reason=f"torch {torch_version} is the CPU build",
-            install="pip install torch==2.13.0  # from an index with CUDA builds",
-        )
-    return Probe(engine="torch", stage="ready", version=torch_version, reason="CUDA driver found")
+_ONNXRUNTIME = _Climb(
+    ("onnxruntime-gpu",),
+    "open_autoglm.engines.capability_onnxruntime",
+    {
+        "reach_import": "importable",
+        "reach_libraries": "loadable",
+        _DEVICE: "device",
+        "reach_product": "ready",
+    },
+)
+_CLIMBS: Mapping[str, _Climb] = MappingProxyType(
+    {
+        "torch": _Climb(
+            ("torch",),
+            "open_autoglm.engines.capability_torch",
+            {"reach_import": "loadable", _DEVICE: "device", "reach_product": "ready"},
+        ),
+        "onnxruntime-cuda": _ONNXRUNTIME,
+        "onnxruntime-tensorrt": _ONNXRUNTIME,
+        "tensorrt": _Climb(
+            TENSORRT,
+            "open_autoglm.engines.capability_tensorrt",
+            {"reach_import": "loadable", _DEVICE: "device", _PLAN: "device", "reach_product": "ready"},
+        ),
+        "tensorrt-rtx": _Climb(
+            TENSORRT_RTX,
+            "open_autoglm.engines.capability_tensorrt",
+            {"reach_import": "loadable", _PLAN: "loadable", _DEVICE: "device", "reach_product": "ready"},
+        ),
+    }
+)
+
+NAMES = tuple(_CLIMBS)
+"""The engines that :func:`probe_nvidia` knows; `torch` means torch on CUDA."""
 
 
-_TENSORRT: dict[str, tuple[Flavour, str]] = {
-    "tensorrt": ("tensorrt", "pip install tensorrt  # fetches its libraries from NVIDIA's own package index"),
-    "tensorrt-rtx": ("tensorrt-rtx", "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"),
-}
-
-
+@cache
 def probe_nvidia(engine: str) -> Probe:
-    """Whether TensorRT and the driver are here, by package and library alone."""
-    flavour, install = _TENSORRT[engine]
-    found, driver = installed_version(flavour), missing_driver()
-    if found is None:
-        reason = f"{engine} is not installed" + (f", and it {driver}" if driver else "")
-        return Probe(engine=engine, stage="missing", reason=reason, install=install)
-    if driver is not None:
-        return Probe(engine=engine, stage="no_device", version=found, reason=f"{engine} {driver}")
-    return Probe(engine=engine, stage="ready", version=found, reason="package and CUDA driver found")
+    """What ``engine``, one of `NAMES`, can do on an NVIDIA GPU here; tried once per process.
+
+    Without its package this starts nothing, else it takes a second, and several where there is a GPU.
+    """
+    climb = _CLIMBS[engine]
+    version = version_of(*climb.packages)
+    if version is None:
+        missing = missing_driver()
+        reason = f"{climb.packages[0]} is not installed" + (f", and {missing}" if missing else "")
+        return Probe(engine=engine, stage="missing", reason=reason, install=INSTALL[engine])
+    if engine == "torch" and (known := _known_of_torch(version)) is not None:
+        return known
+    with tempfile.TemporaryDirectory() as scratch, Child(Path(scratch) / "probe.log") as child:
+        return _try(child, engine, version, climb)
+
+
+def _known_of_torch(version: str) -> Probe | None:
+    """What can be told of torch without the seconds that importing it takes; None if it must be tried."""
+    missing = missing_driver()
+    if version.endswith("+cpu"):
+        reason = f"torch {version} is a build without CUDA" + (f", and {missing}" if missing else "")
+        return Probe(
+            engine="torch", stage="installed", version=version, reason=reason, install=INSTALL["torch"]
+        )
+    if missing is None:
+        return None
+    return Probe(
+        engine="torch", stage="no_device", version=version, reason=f"torch on CUDA cannot run: {missing}"
+    )
+
+
+def _try(child: Child, engine: str, version: str, climb: _Climb) -> Probe:
+    """Climb until something stands in the way."""
+    probe = Probe(engine=engine, stage="installed", version=version, reason="")
+    found = []
+    for rung, stage in climb.rungs.items():
+        asked = Asked(engine=engine, version=version)
+        reached = child.ask(f"{climb.module}:{rung}", asked, Reached, RUNG_TIMEOUT_S)
+        if rung == _PLAN:
+            built = isinstance(reached, Reached) and not reached.obstacle
+            probe = probe.model_copy(update={"can_build": built})
+        if isinstance(reached, Failure):
+            return _failed(probe, rung, reached)
+        if reached.obstacle:
+            return _stopped(probe, rung, reached)
+        found += [reached.found] if reached.found else []
+        probe = probe.model_copy(update={"stage": stage})
+    return probe.model_copy(update={"reason": ", ".join(["computes on the GPU what numpy computes", *found])})
+
+
+def _failed(probe: Probe, rung: str, failure: Failure) -> Probe:
+    """The child died, hung, or the runtime raised an error of its own."""
+    stages: Mapping[str, ProbeStage] = {"failed": probe.stage, "timed_out": "timed_out"}
+    verb = "failed: " if failure.status == "failed" else ""
+    reason = f"{_DOING[rung]} {verb}{failure.reason}"
+    return probe.model_copy(update={"stage": stages.get(failure.status, "crashed"), "reason": reason})
+
+
+def _stopped(probe: Probe, rung: str, reached: Reached) -> Probe:
+    built = "can build plans and cannot run them: " if probe.can_build and rung == _DEVICE else ""
+    told = {"reason": built + reached.obstacle, "install": reached.install}
+    return probe.model_copy(update={**told, "stage": "no_device" if rung == _DEVICE else probe.stage})
+
+
+# ── engines that are listed and not driven ───────────────────────────────────────────────────────
+
+_NOT_YET = "this release of Open-AutoGLM has no runner for it yet"
 
 
 class _NvidiaEngine:
@@ -76,25 +168,14 @@ class _NvidiaEngine:
 
     name: str
     summary: str
-    package: str
-    install: str
 
     def probe(self, device: Device) -> Probe:
-        try:
-            found = version(self.package)
-        except PackageNotFoundError:
-            found = None
-        driver = missing_driver()
-        if driver is not None:
-            return Probe(
-                engine=self.name, stage="no_device", version=found, reason=driver, install=self.install
-            )
-        if found is None:
-            reason = f"{self.package} is not installed"
-            return Probe(engine=self.name, stage="missing", reason=reason, install=self.install)
-        return Probe(
-            engine=self.name, stage="installed", version=found, reason=f"{self.package} {found} {_NOT_YET}"
-        )
+        if device != "gpu":
+            return Probe(engine=self.name, stage="no_device", reason="this engine runs on NVIDIA GPUs only")
+        probe = probe_nvidia(self.name)
+        if probe.ready:
+            return probe.model_copy(update={"stage": "device", "reason": _NOT_YET})
+        return probe
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         return [
@@ -132,5 +213,3 @@ class OnnxRuntimeCudaEngine(_NvidiaEngine):
 
     name = "onnxruntime-cuda"
     summary = "ONNX Runtime, CUDA provider: probed, not driven by this release"
-    package = "onnxruntime-gpu"
-    install = "pip install 'open-autoglm[gpu]'  # in an environment of its own, without onnxruntime"

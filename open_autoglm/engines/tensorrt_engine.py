@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from open_autoglm.engines.capability_packages import TENSORRT, TENSORRT_RTX
 from open_autoglm.engines.contract import (
     CACHE_TOKENS,
     DRAFT_TOKENS,
@@ -25,9 +26,10 @@ from open_autoglm.engines.tensorrt_executor import open_executor
 from open_autoglm.engines.tensorrt_session import StandardSession
 from open_autoglm.export.decoder_graph import MODEL_TYPES
 from open_autoglm.export.standard_recipe import StandardRecipe
-from open_autoglm.export.tensorrt_api import Flavour, installed_version
+from open_autoglm.export.tensorrt_api import Flavour
 from open_autoglm.export.tensorrt_plan import PlanSizes, host_gpu
 from open_autoglm.measure.scenarios import LEAD_IN_TOKENS
+from open_autoglm.packages import version_of
 from open_autoglm.quality.reference import plan_layout
 from open_autoglm.schemas import (
     Analysis,
@@ -46,6 +48,7 @@ from open_autoglm.schemas import (
 
 _SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType({"cuda_graph": False, **NO_DRAFTS})
 """None of these changes a plan."""
+
 
 class _Scheme(NamedTuple):
     precision: Precision
@@ -73,6 +76,7 @@ class _NativeEngine:
 
     name: Flavour
     summary: str
+    packages: tuple[str, ...]
 
     def probe(self, device: Device) -> Probe:
         if device != "gpu":
@@ -124,7 +128,7 @@ class _NativeEngine:
             "sizes": _sizes(candidate).model_dump(),
             "weight_streaming": candidate.knobs["weight_streaming"],
             "gpu": None if gpu is None else gpu.model_dump(),
-            "versions": {**library_versions(), self.name: installed_version(self.name) or "absent"},
+            "versions": {**library_versions(), self.name: version_of(*self.packages) or "absent"},
         }
 
     def export(self, candidate: Candidate, checkpoint: Checkpoint, context: ExportContext) -> str:
@@ -169,6 +173,7 @@ class TensorRTEngine(_NativeEngine):
 
     name = "tensorrt"
     summary = "TensorRT: fp16, bf16, 8- and 4-bit weights, int8 and fp8 products"
+    packages = TENSORRT
 
 
 class TensorRTRtxEngine(_NativeEngine):
@@ -176,6 +181,7 @@ class TensorRTRtxEngine(_NativeEngine):
 
     name = "tensorrt-rtx"
     summary = "TensorRT-RTX: the same for GeForce and RTX GPUs, built ahead of time"
+    packages = TENSORRT_RTX
 
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────

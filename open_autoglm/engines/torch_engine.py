@@ -48,12 +48,11 @@ class TorchEngine:
     summary = "PyTorch eager and torch.compile: fp32 (the reference), bf16, 8- and 4-bit weights"
 
     def probe(self, device: Device) -> Probe:
-        found = version("torch")
         if device == "gpu":
-            from open_autoglm.engines.nvidia import probe_torch_cuda
+            from open_autoglm.engines.nvidia import probe_nvidia
 
-            return probe_torch_cuda(found)
-        return Probe(engine=self.name, stage="ready", version=found, reason="CPU")
+            return probe_nvidia("torch")
+        return Probe(engine=self.name, stage="ready", version=version("torch"), reason="CPU")
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         native = {"avx512_bf16", "amx_bf16"} & set(analysis.hardware.isa)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from open_autoglm.export.preflight import check_route, decoder_facts, small_conf
 from open_autoglm.export.quantize import dynamic_int8_export, exact_export, weight_only_export
 from open_autoglm.export.recipe import OnnxRecipe
 from open_autoglm.measure.isolation import Failure, run_isolated
+from open_autoglm.packages import version_of
 from open_autoglm.schemas import Checkpoint, Model
 
 
@@ -47,13 +47,9 @@ class NoRoute(RuntimeError):
 @cache
 def library_versions() -> dict[str, str]:
     """The libraries that decide what an export contains; part of every cache and ledger key."""
-    found = {}
-    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    builds_for_gpus = {"onnxruntime": "onnxruntime-gpu", "onnxruntime-genai": "onnxruntime-genai-cuda"}
+    names = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
+    return {name: version_of(name, builds_for_gpus.get(name, name)) or "absent" for name in names}
 
 
 def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportContext) -> str:

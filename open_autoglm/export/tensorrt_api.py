@@ -8,18 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Protocol, cast
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 """TensorRT for data centres, whose plans fit one type of GPU, or TensorRT-RTX, which finishes them at run
 time. Neither opens the other's plans."""
-
-_PACKAGES: dict[Flavour, tuple[str, ...]] = {
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
-    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
-}
-"""Distributions that bring the module, the usual one first."""
 
 Shape = tuple[int, ...]
 
@@ -178,16 +171,6 @@ def load(flavour: Flavour) -> TensorRT:
         import tensorrt_rtx_bindings as tensorrt_rtx
 
     return cast(TensorRT, tensorrt_rtx)
-
-
-def installed_version(flavour: Flavour) -> str | None:
-    """By the package's metadata; nothing is imported."""
-    for package in _PACKAGES[flavour]:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 # ── what went wrong ──────────────────────────────────────────────────────────────────────────────

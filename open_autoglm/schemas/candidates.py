@@ -9,7 +9,18 @@ from pydantic import Field, model_validator
 
 from open_autoglm.schemas.base import Device, Model, Precision, Scenario
 
-ProbeStage = Literal["missing", "installed", "no_device", "ready"]
+ProbeStage = Literal[
+    "missing",  # the package is not installed
+    "installed",  # it cannot be imported, or is of a version or a build that will not do
+    "importable",  # a library that it needs cannot be loaded
+    "loadable",  # it does not work as far as it should without a device
+    "no_device",  # all of it is here; the device, or a driver for it, is not, or it serves another kind
+    "device",  # the device answers, but computing on it failed
+    "crashed",  # the process that tried it died
+    "timed_out",  # the process that tried it hung
+    "ready",
+]
+"""How far an engine came: the highest rung reached, and why no further."""
 
 
 class Probe(Model):
@@ -20,9 +31,13 @@ class Probe(Model):
     version: str | None = None
     reason: str = Field(description="one sentence; says what was found when ready")
     install: str | None = Field(None, description="the command that would mend it")
+    can_build: bool | None = Field(
+        None, description="whether it compiled a plan here, which may need no device; None if not tried"
+    )
 
     @property
     def ready(self) -> bool:
+        """Whether it can run here."""
         return self.stage == "ready"
 
 

@@ -2,6 +2,9 @@
 
 Precision lies in the graph alone: a strongly typed network computes in the types that the graph says, which
 is the one way that TensorRT 10, 11 and TensorRT-RTX share.
+
+TensorRT-RTX 1.7 writes the weights once for each profile: 52 MB of them became a plan of 100 MB with both
+regimes and of 54 MB with decode alone.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class OpenPlan:
         """Raises TensorRTFailure, or DeviceOutOfMemoryError where that is the reason."""
         self.trt = trt
         self.log = Log(trt)
+        self._runtime = trt.Runtime(self.log.logger)  # lives as long as what it opened
         self.engine = self._deserialize(plan)
         if weight_streaming:  # only before there is a context
             self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
@@ -34,7 +35,7 @@ class OpenPlan:
 
     def _deserialize(self, plan: Path) -> CudaEngine:
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            engine = self.trt.Runtime(self.log.logger).deserialize_cuda_engine(view)
+            engine = self._runtime.deserialize_cuda_engine(view)
         if engine is None:
             raise self.log.failure(f"TensorRT {self.trt.__version__} cannot open the plan")
         return engine
@@ -50,9 +51,8 @@ class OpenPlan:
             config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if hasattr(config, "create_runtime_cache"):
             self.runtime_cache = config.create_runtime_cache()
-            self.runtime_cache_used = bool(runtime_cache) and self.runtime_cache.deserialize(
-                runtime_cache or b""
-            )
+            if runtime_cache is not None:
+                self.runtime_cache_used = self.runtime_cache.deserialize(runtime_cache)
             config.set_runtime_cache(self.runtime_cache)
         return config
 

@@ -121,21 +121,15 @@ class StandardGraph(DecoderGraph):
         facts = DecoderFacts(kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_cache="in_place")
         facts.write(self._output)
 
-    def _caches(self, prefix: str) -> list[str]:
-        layers = range(self._shape.layers)
-        return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("key", "value")]
-
     def _logits(self) -> None:
         """The embedding is looked up and not multiplied: rounded it would save nothing, and be worse."""
-        nodes, name = self._nodes, "model.embed_tokens"
-        embedding = self._tensors.read(f"{name}.weight")
-        rows = nodes.constant(f"{name}.weight", numbers(embedding, self._compute))
-        hidden = self._layers(nodes.add("Gather", [rows, "input_ids"], name))
-        tied = self._shape.tied_embeddings
+        nodes, name, tied = self._nodes, "model.embed_tokens.weight", self._shape.tied_embeddings
+        rows = nodes.constant(name, numbers(self._tensors.read(name), self._compute))
+        hidden = self._layers(nodes.add("Gather", [rows, "input_ids"], "model.embed_tokens"))
         if tied and self._recipe.weights in _PLAIN_HEAD:
             weight = nodes.add("Transpose", [rows], "lm_head.weight", perm=[1, 0])
         else:
-            weight = self._head_weight(embedding if tied else self._tensors.read("lm_head.weight"))
+            weight = self._head_weight(self._tensors.read(name if tied else "lm_head.weight"))
         nodes.cast(nodes.add("MatMul", [hidden, weight], "lm_head"), "fp32", "logits")
 
     def _head_weight(self, matrix: Floats) -> str:
@@ -143,6 +137,10 @@ class StandardGraph(DecoderGraph):
         if self._recipe.weights in _PLAIN_HEAD:
             return standard_weights.plain(self._nodes, "lm_head.weight", matrix, self._compute)
         return standard_weights.per_output(self._nodes, "lm_head.weight", matrix, self._compute)
+
+    def _caches(self, prefix: str) -> list[str]:
+        layers = range(self._shape.layers)
+        return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("key", "value")]
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────
 

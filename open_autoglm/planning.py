@@ -125,8 +125,10 @@ def plan(analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candida
 
 def _proposals(engine: Engine, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
     """One engine's candidates; they are listed even where it cannot run, so that nobody wonders."""
-    probe = engine.probe(device)
     proposed = engine.propose(analysis, spec, device)
+    probe = engine.probe(device)
+    if probe.stage == "no_device" and not analysis.hardware.gpus and any(c.device == "gpu" for c in proposed):
+        probe = engine.probe("gpu")  # what else it lacks is of more use than that it does not serve the CPU
     if not probe.ready:
         how = f"; mend it with: {probe.install}" if probe.install else ""
         return [candidate.vetoed(probe.reason + how) for candidate in proposed]

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from elf_files import write_elf
+from studies import demo_analysis
 
 from open_autoglm.engines import nvidia
 from open_autoglm.engines.capability import WIDTH, judge, operands
 from open_autoglm.engines.capability_driver import missing_driver
 from open_autoglm.engines.capability_elf import needed_libraries
 from open_autoglm.engines.nvidia import probe_nvidia
-from open_autoglm.schemas import Probe, ProbeStage
+from open_autoglm.planning import plan
+from open_autoglm.schemas import OptimizeSpec, Probe, ProbeStage
 
 TESTS = str(Path(__file__).parent)
 TRT_LIBS, CUDA_LIBS = ("libnvinfer.so.10", "libnvonnxparser.so.10"), ("libcudart.so.13", "libcuda.so.1")
@@ -124,6 +126,15 @@ def test_nothing_is_started_for_what_is_not_installed(monkeypatch: pytest.Monkey
         assert (probe.stage, probe.can_build) == ("missing", None)
         assert "is not installed" in probe.reason
         assert str(probe.install).startswith("pip ")
+
+
+def test_a_plan_vetoes_by_the_same_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the probe's sentence and command, though the study is for the CPU."""
+    monkeypatch.setattr(nvidia, "version_of", lambda *_: None)
+    spec = OptimizeSpec(model_path="x", engines=("tensorrt",))
+    probe = probe_nvidia("tensorrt")
+    vetoes = {candidate.vetoed_because for candidate in plan(demo_analysis(), spec, "cpu")}
+    assert vetoes == {f"{probe.reason}; mend it with: {probe.install}"}
 
 
 # ── real engines ─────────────────────────────────────────────────────────────────────────────────

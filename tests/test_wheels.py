@@ -152,9 +152,11 @@ def test_the_command_packs_unpacks_and_says_in_one_sentence_what_is_wrong(
     assert len(list(Path(wheels).iterdir())) == 2
     assert main(asked) == 2
     assert capsys.readouterr().err == f"error: {source} is not empty: choose a new directory\n"
-    assert main([*asked[:-1], wheels, "--part-mib", "0"]) == 2
-    assert main([*asked[:-1], str(tmp_path)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {tmp_path} holds no wheel"
+    elsewhere = ["pack", "--extras", "gpu", "--output", str(tmp_path / "elsewhere")]
+    assert main([*elsewhere, "--wheels", wheels, "--part-mib", "0"]) == 2
+    assert capsys.readouterr().err == "error: --part-mib must be at least 1\n"
+    assert main([*elsewhere, "--wheels", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} holds no wheel\n"
 
 
 def test_packing_needs_nothing_that_must_be_installed_first() -> None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from open_autoglm.engines.capability import Asked, Reached
-from open_autoglm.engines.capability_driver import missing_driver
+from open_autoglm.engines.capability_driver import find_device, missing_driver
 from open_autoglm.engines.capability_packages import INSTALL, TENSORRT, TENSORRT_RTX
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
 from open_autoglm.measure.isolation import Child, Failure
@@ -120,8 +120,9 @@ def _known_of_torch(version: str) -> Probe | None:
         )
     if missing is None:
         return None
+    reached = find_device("torch", None)  # ends at the missing driver, and starts nothing
     return Probe(
-        engine="torch", stage="no_device", version=version, reason=f"torch on CUDA cannot run: {missing}"
+        engine="torch", stage="no_device", version=version, reason=reached.obstacle, install=reached.install
     )
 
 
@@ -160,7 +161,7 @@ def _stopped(probe: Probe, rung: str, reached: Reached) -> Probe:
 
 # ── engines that are listed and not driven ───────────────────────────────────────────────────────
 
-_NOT_YET = "this release of Open-AutoGLM has no runner for it yet"
+_NOT_YET = "works here, but this release of Open-AutoGLM has no runner for it yet"
 
 
 class _NvidiaEngine:

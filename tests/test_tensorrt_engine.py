@@ -114,16 +114,27 @@ def test_what_trades_something_is_turned(name: str) -> None:
     assert space(start[f"{name}-fp16"], spec=tight) == {"cuda_graph": (False, True), **streaming}
 
 
-@ENGINES
+EVERY = {"fp16", "bf16", "int8", "int4", "fp8"}
+
+
 @pytest.mark.parametrize(
-    ("capability", "vetoed"), [("7.5", {"bf16", "fp8"}), ("8.6", {"fp8"}), ("8.9", set()), (None, set())]
+    ("name", "capability", "vetoed"),
+    [
+        ("tensorrt", "7.0", EVERY),
+        ("tensorrt", "7.5", {"bf16", "fp8"}),
+        ("tensorrt", "8.6", {"fp8"}),
+        ("tensorrt", "8.9", set()),
+        ("tensorrt", None, set()),
+        ("tensorrt-rtx", "7.5", EVERY),
+        ("tensorrt-rtx", "8.6", {"fp8"}),
+        ("tensorrt-rtx", "12.0", set()),
+    ],
 )
-def test_a_gpu_without_the_arithmetic_vetoes(name: str, capability: str | None, vetoed: set[str]) -> None:
-    """With both numbers; one that does not tell is tried."""
+def test_a_gpu_of_an_older_generation_vetoes(name: str, capability: str | None, vetoed: set[str]) -> None:
+    """What it cannot run at all, or without the arithmetic; with both numbers. One that does not tell is
+    tried."""
     found = proposed(name, analysis(capability)).values()
-    reasons = {
-        candidate.precision: candidate.vetoed_because for candidate in found if candidate.vetoed_because
-    }
+    reasons = {c.precision: c.vetoed_because for c in found if c.vetoed_because}
     assert set(reasons) == vetoed
     assert all(str(capability) in reason and "NVIDIA X" in reason for reason in reasons.values())
 

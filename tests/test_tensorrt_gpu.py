@@ -24,6 +24,7 @@ TOKENS: Tokens = np.random.default_rng(1).integers(4, VOCAB_SIZE, (ROWS, LENGTH)
 LEAST_CORRELATION = {"bf16": 0.999, "fp16": 0.999, "int8": 0.98, "fp8": 0.95, "int4": 0.8}
 
 GPUS = find_gpus().gpus
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU")
 ANALYSIS = demo_analysis().model_copy(update={"hardware": demo_hardware(gpus=GPUS)})
 CANDIDATES = [
     candidate
@@ -46,8 +47,6 @@ def truth(tiny_glm: Path) -> NDArray[np.float32]:
 
 
 def require_ready(candidate: Candidate) -> None:
-    if not GPUS:
-        pytest.skip("needs an NVIDIA GPU")
     if candidate.vetoed_because is not None:
         pytest.skip(candidate.vetoed_because)
     probe = engines.get(candidate.engine).probe("gpu")

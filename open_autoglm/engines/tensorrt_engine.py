@@ -77,6 +77,8 @@ class _NativeEngine:
     name: Flavour
     summary: str
     packages: tuple[str, ...]
+    oldest: tuple[int, int]
+    """The least compute capability that it runs on."""
 
     def probe(self, device: Device) -> Probe:
         if device != "gpu":
@@ -92,7 +94,7 @@ class _NativeEngine:
         unknown = _unknown_model(analysis.profile)
         if unknown is not None:
             return [candidate.vetoed(unknown) for candidate in found]
-        return [_vetoed_if_too_old(candidate, analysis.hardware) for candidate in found]
+        return [self._vetoed_if_too_old(candidate, analysis.hardware) for candidate in found]
 
     def _start(self, scheme: str, shared: Mapping[str, Knob]) -> Candidate:
         compute = "bf16" if scheme == "bf16" else "fp16"
@@ -151,6 +153,14 @@ class _NativeEngine:
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         return StandardSession(open_executor(exported.path, self.name, options, candidate.knobs), options)
 
+    def _vetoed_if_too_old(self, candidate: Candidate, hardware: Hardware) -> Candidate:
+        """On a GPU of a generation that it does not serve, or without the arithmetic."""
+        needed = {"bf16": BF16_SINCE, "fp8": FP8_SINCE}.get(candidate.precision, self.oldest)
+        reason = older_than(hardware, self.oldest, self.name) or older_than(
+            hardware, needed, candidate.precision
+        )
+        return candidate if reason is None else candidate.vetoed(reason)
+
     def _candidate(self, knobs: Mapping[str, Knob], because: str) -> Candidate:
         """The candidate of one configuration, from which alone its id follows."""
         scheme = _SCHEMES[str(knobs["scheme"])]
@@ -174,6 +184,7 @@ class TensorRTEngine(_NativeEngine):
     name = "tensorrt"
     summary = "TensorRT: fp16, bf16, 8- and 4-bit weights, int8 and fp8 products"
     packages = TENSORRT
+    oldest = (7, 5)
 
 
 class TensorRTRtxEngine(_NativeEngine):
@@ -182,6 +193,7 @@ class TensorRTRtxEngine(_NativeEngine):
     name = "tensorrt-rtx"
     summary = "TensorRT-RTX: the same for GeForce and RTX GPUs, built ahead of time"
     packages = TENSORRT_RTX
+    oldest = (8, 0)  # of plans built for every GPU it serves; for (7, 5) it builds others
 
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────
@@ -249,14 +261,6 @@ def _unknown_model(profile: ModelProfile) -> str | None:
         return None
     known = ", ".join(sorted(MODEL_TYPES))
     return f"no standard graph for model type {profile.model_type}: there are {known}"
-
-
-def _vetoed_if_too_old(candidate: Candidate, hardware: Hardware) -> Candidate:
-    """On a GPU of a generation without the arithmetic."""
-    needed = {"bf16": BF16_SINCE, "fp8": FP8_SINCE}
-    since = needed.get(candidate.precision)
-    reason = None if since is None else older_than(hardware, since, candidate.precision)
-    return candidate if reason is None else candidate.vetoed(reason)
 
 
 def _lacks_bf16(hardware: Hardware) -> bool:

@@ -380,7 +380,7 @@ def fill(session: Slotted) -> Numbers:
     """Every slot emptied and given its prompt; the logits of each one's end, ``float32[slots, vocab]``."""
     for slot in range(SLOTS):
         session.truncate(slot, 0)
-    return np.stack([session.append(slot, TEXTS[slot, :n]) for slot, n in enumerate(LENGTHS)])
+    return np.concatenate([session.append(slot, TEXTS[slot, :n]) for slot, n in enumerate(LENGTHS)])
 
 
 def alone(session: Slotted, slot: int, start: int, count: int) -> Numbers:
@@ -434,7 +434,18 @@ def test_a_prompt_can_be_read_in_pieces(slotted: Slotted, served: Served) -> Non
     slotted.append(2, TEXTS[3, 10:30])
     slotted.truncate(2, 10)
     found = slotted.append(2, TEXTS[2, 10:32])
-    assert_alike(found[None], alone(slotted, 2, 32, 1), served.candidate)
+    assert_alike(found, alone(slotted, 2, 32, 1), served.candidate)
+
+
+def test_drafts_can_be_verified_in_a_slot(slotted: Slotted, served: Served) -> None:
+    """Every position's logits, in the middle of the cache, and the others have not noticed."""
+    fill(slotted)
+    found = slotted.append(1, TEXTS[1, 17:23], every=True)
+    assert found.shape == (6, VOCAB_SIZE)
+    slotted.truncate(1, 20)
+    last = slotted.advance([0, 1], np.array([TEXTS[0, 5], TEXTS[1, 20]]))
+    assert_alike(found, alone(slotted, 1, 18, 6), served.candidate)
+    assert_alike(last[1:], found[3:4], served.candidate)
 
 
 def test_a_full_slot_is_a_value_error(slotted: Slotted, served: Served) -> None:
@@ -451,7 +462,7 @@ def test_a_full_slot_is_a_value_error(slotted: Slotted, served: Served) -> None:
     slotted.truncate(1, LENGTH - 1)
     last = slotted.append(1, TEXTS[1, LENGTH - 1 :])
     expected = [alone(slotted, slot, n, 1)[0] for slot, n in ((0, 6), (2, 33), (1, LENGTH))]
-    assert_alike(np.stack([*found, last]), np.stack(expected), served.candidate)
+    assert_alike(np.concatenate([found, last]), np.stack(expected), served.candidate)
 
 
 def test_a_full_cache_is_a_value_error(served: Served) -> None:

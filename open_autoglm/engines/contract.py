@@ -99,8 +99,9 @@ class Slotted(Session, Protocol):
     `prefill` and the rest of :class:`Session` use the slots from 0 on and empty all.
     """
 
-    def append(self, slot: int, tokens: Tokens) -> Logits:
-        """Append ``int64[n]``, a prompt or a piece of one, to a slot; the last one's ``float32[vocab]``.
+    def append(self, slot: int, tokens: Tokens, *, every: bool = False) -> Logits:
+        """Append ``int64[n]``, a prompt or a piece of one, to a slot; logits of the last one,
+        ``float32[1, vocab]``, or with ``every`` of each, ``float32[n, vocab]``.
 
         Raises ValueError when the slot is full.
         """

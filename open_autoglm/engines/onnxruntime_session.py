@@ -267,8 +267,9 @@ class SlottedSession(OnnxRuntimeSession):
         self._cache = [self._zeros(shape) for _ in self._past_names]
         self._bindings: dict[range, Any] = {}
 
-    def append(self, slot: int, tokens: Tokens) -> Logits:
-        logits: Logits = self._run(range(slot, slot + 1), tokens[None], _LAST_POSITION)[0, -1]
+    def append(self, slot: int, tokens: Tokens, *, every: bool = False) -> Logits:
+        first_logits = _EVERY_POSITION if every else _LAST_POSITION
+        logits: Logits = self._run(range(slot, slot + 1), tokens[None], first_logits)[0]
         return logits
 
     def advance(self, slots: Sequence[int], tokens: Tokens) -> Logits:

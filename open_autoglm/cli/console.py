@@ -48,6 +48,8 @@ def print_study(study: Study, console: Console, links: Mapping[str, str] | None 
         console.print(_trial_table(study))
         _print_list(console, "How sure is this", _confidence(study))
     _print_list(console, "Why not the others" if study.champion else "Why not", _losers(study))
+    vetoed = [trial.candidate for trial in study.trials if trial.status == "vetoed"]
+    _print_list(console, "Vetoed before the start", _vetoes(vetoed))
     console.print(_verdict_panel(study))
     if study.verdict.kind != "dry_run":
         _print_places(console, _places(study, links or {}))
@@ -62,6 +64,8 @@ def _trial_table(study: Study) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("Verdict", overflow="fold")
     for trial in study.trials:
+        if trial.status == "vetoed":
+            continue  # no figures, and there are many of them
         role = readout.role(study, trial)
         verdict = readout.standing(study, trial)
         if role not in ("", "champion"):
@@ -115,7 +119,17 @@ def _losers(study: Study) -> list[tuple[str, str]]:
     told = study.champion
     if study.verdict.kind in ("gate_failed", "insufficient_evidence"):
         told = study.verdict.nearest
-    return [(trial.id, "\n".join(readout.why(trial))) for trial in study.trials if trial.id != told]
+    tried = [trial for trial in study.trials if trial.status != "vetoed" and trial.id != told]
+    return [(trial.id, "\n".join(readout.why(trial))) for trial in tried]
+
+
+def _vetoes(candidates: Iterable[Candidate]) -> list[tuple[str, str]]:
+    """By engine: what was vetoed and why, candidates with one reason together."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for candidate in candidates:
+        if candidate.vetoed_because is not None:
+            names.setdefault((candidate.engine, candidate.vetoed_because), []).append(candidate.id)
+    return [(engine, f"{', '.join(ids)}: {reason}") for (engine, reason), ids in names.items()]
 
 
 def _verdict_panel(study: Study) -> Table:
@@ -256,8 +270,7 @@ def print_plan(candidates: Sequence[Candidate], console: Console) -> None:
     console.print(_text(f"{len(chosen)} of {len(candidates)} candidates would be measured", "bold"))
     if chosen:
         console.print(table)
-    vetoed = [(c.id, c.vetoed_because) for c in candidates if c.vetoed_because is not None]
-    _print_list(console, "Vetoed", vetoed)
+    _print_list(console, "Vetoed", _vetoes(candidates))
 
 
 # ── pieces ───────────────────────────────────────────────────────────────────────────────────────

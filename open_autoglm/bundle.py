@@ -208,6 +208,18 @@ def _describe(directory: Path, manifest: Manifest) -> Bundle:
     )
 
 
+def open_session(directory: Path, manifest: Manifest, options: SessionOptions) -> Session:
+    """The engine's session of the bundle in ``directory``. Raises UserError if its engine cannot run here."""
+    candidate = manifest.candidate
+    engine = engines.get(candidate.engine)
+    probe = engine.probe(candidate.device)
+    if not probe.ready:
+        mend = f"; install it with: {probe.install}" if probe.install else ""
+        raise UserError(f"{directory} needs the engine {candidate.engine}: {probe.reason}{mend}")
+    exported = manifest.exported.model_copy(update={"path": directory / "model"})
+    return engine.open(candidate, exported, options)
+
+
 # ── speaking ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -271,21 +283,11 @@ class BundleModel:
         self._tokenizer = AutoTokenizer.from_pretrained(
             directory / "tokenizer", trust_remote_code=self.manifest.trust_remote_code
         )
-        self._eos_ids = _end_tokens(directory / "tokenizer", self._tokenizer)
+        self._eos_ids = end_tokens(directory / "tokenizer", self._tokenizer)
         self._lock = threading.Lock()
-        self._session = self._open_session()
-
-    def _open_session(self) -> Session:
-        candidate = self.manifest.candidate
-        engine = engines.get(candidate.engine)
-        probe = engine.probe(candidate.device)
-        if not probe.ready:
-            mend = f"; install it with: {probe.install}" if probe.install else ""
-            raise UserError(f"{self.bundle.path} needs the engine {candidate.engine}: {probe.reason}{mend}")
-        exported = self.manifest.exported.model_copy(update={"path": self.bundle.path / "model"})
         threads = len(os.sched_getaffinity(0))
         options = SessionOptions(batch_size=1, max_tokens=self.max_tokens, threads=threads)
-        return engine.open(candidate, exported, options)
+        self._session = open_session(directory, self.manifest, options)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
         """The greedy continuation of each prompt, without the prompt; see :func:`generate`."""
@@ -306,7 +308,7 @@ class BundleModel:
             self._session.close()
 
 
-def _end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
+def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
     """Where generation ends, by the first to say so: generation config, config, tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = directory / name

@@ -316,14 +316,10 @@ def how_to_load(study: Study) -> list[str]:
 
 
 def how_to_serve(study: Study) -> list[str]:
-    """Shell lines that serve the champion with MLflow; empty if it is not registered."""
-    registration = study.registration
-    if registration is None or registration.model_name is None:
+    """The shell line that serves the champion as OpenAI's API; empty if there is none."""
+    if study.bundle is None:
         return []
-    return [
-        f"export MLFLOW_TRACKING_URI={shlex.quote(registration.tracking_uri)}",
-        f"mlflow models serve -m models:/{registration.model_name}@champion --env-manager local -p 5001",
-    ]
+    return [f"open-autoglm serve {shlex.quote(str(study.output_dir))}"]
 
 
 def study_link(study: Study, server: str = "") -> str | None:

@@ -200,7 +200,11 @@ class Tracker:
         return Registration(tracking_uri=self.uri, experiment_id=experiment_id, run_id=run_id)
 
     def champion(self, name: str, cache: Path) -> RegisteredChampion | None:
-        """The version that carries the champion's alias, with its bundle on this machine; None without one.
+        """The version that carries the champion's alias; see `registered`."""
+        return self.registered(name, CHAMPION, cache)
+
+    def registered(self, name: str, alias: str, cache: Path) -> RegisteredChampion | None:
+        """The version that carries ``alias``, with its bundle on this machine; None without one.
 
         A server's artifacts are downloaded into ``cache``, once per version.
         """
@@ -208,7 +212,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            version = self._client.get_model_version_by_alias(name, CHAMPION)
+            version = self._client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None

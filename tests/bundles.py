@@ -1,14 +1,18 @@
-"""A study whose champion can really be opened: torch fp32 on a tiny checkpoint, the figures made up."""
+"""A study whose champion can really be opened: fp32 on a tiny checkpoint, the figures made up."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 from studies import SHAPES, demo_study, measured_trial
 
 from open_autoglm import engines
+from open_autoglm.bundle import build_bundle
 from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.engines.contract import ExportContext
 from open_autoglm.schemas import ExportedModel, Study
 
 
@@ -29,3 +33,22 @@ def openable_study(checkpoint_path: Path, **changes: Any) -> Study:
         update={"id": candidate.id, "candidate": candidate, "exported": exported}
     )
     return study.model_copy(update={"trials": (trial,), "champion": trial.id, "pareto": (trial.id,)})
+
+
+def onnxruntime_bundle(checkpoint_path: Path, directory: Path) -> Path:
+    """A bundle of ONNX Runtime's exact graph, whose sessions have slots, under ``directory``."""
+    study = openable_study(checkpoint_path)
+    engine = engines.get("onnxruntime")
+    candidate = engine.propose(study.analysis, study.spec, "cpu")[0]
+    output = directory / "export"
+    output.mkdir(parents=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        context = ExportContext(output=output, ledger=directory / "ledger.json")
+        route = engine.export(candidate, study.checkpoint, context)
+    exported = ExportedModel(
+        candidate_id=candidate.id, path=output, digest="d", route=route, size_bytes=1, build_s=0
+    )
+    trial = study.trials[0].model_copy(
+        update={"id": candidate.id, "candidate": candidate, "exported": exported}
+    )
+    return build_bundle(study, trial, directory / "bundle").path

@@ -141,6 +141,48 @@ def reproduce(study: Path, trial: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."
+)
+@click.option("--name", help="The model's name in requests.  [default: the bundle's]")
+@click.option(
+    "--slots", type=click.IntRange(1, 256), default=4, show_default=True, help="Answers at one time."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2),
+    help="Prompt and answer together.  [default: 4096, or the context]",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the engine.  [default: all cores]")
+@click.option(
+    "--chunk-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Of a prompt, read between two tokens of the others.",
+)
+@click.option(
+    "--reuse-prefixes/--no-reuse-prefixes",
+    default=True,
+    show_default=True,
+    help="Read the beginning of a prompt once if others had it.",
+)
+@click.option(
+    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait."
+)
+@click.option(
+    "--deadline-s", type=float, default=30, show_default=True, help="Refuse who would wait longer than this."
+)
+def serve(**arguments: Any) -> None:
+    """Serve SOURCE as OpenAI's API: a bundle, a study's directory, or models:/NAME@champion."""
+    from open_autoglm.cli.serve import run_serve
+
+    sys.exit(run_serve(**arguments))
+
+
+@cli.command()
 @click.argument("model")
 @click.option("--keep-quality", default="99%", show_default=True, help="Share of quality to keep.")
 @click.option(

@@ -1,0 +1,312 @@
+"""HTTP as OpenAI's clients speak it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+
+from open_autoglm.errors import UserError
+from open_autoglm.serving.engine import EngineLost
+from open_autoglm.serving.messages import Sampling
+from open_autoglm.serving.openai_answers import CHAT, COMPLETION, Answer, Choice, Json, Usage, error_body
+from open_autoglm.serving.openai_types import ChatRequest, CompletionRequest
+from open_autoglm.serving.service import Asked, Overloaded, Piece, Service
+
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion that does not say; OpenAI's. A chat goes on to the end of the context."""
+
+_LOST_RETRY_S = 2
+
+_CLIENT_LEFT = 499
+"""Seen in logs only; nginx's number."""
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application that serves ``service``."""
+    app = FastAPI(title="Open-AutoGLM endpoint", version=version("open-autoglm"), redoc_url=None)
+    app.state.service = service
+    _add_errors(app)
+    _add_health(app, service)
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        """The model that is served."""
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        """The model, if it is this one."""
+        _require_model(service, name)
+        return _model(service)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue a prompt, or several."""
+        _require_model(service, body.model)
+        prompts = [service.encode(prompt) for prompt in body.prompts]
+        sampling = _sampling(body, body.logprobs)
+        asked = [
+            _asked(service, prompt, body, body.max_tokens or DEFAULT_MAX_TOKENS, sampling, choice)
+            for prompt in prompts
+            for choice in range(body.n)
+        ]
+        answer = _answer(COMPLETION, service, prompts, len(asked), body.logprobs is not None)
+        return await _respond(service, answer, asked, body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        _require_model(service, body.model)
+        prompt = service.encode_chat([message.as_template_input() for message in body.messages])
+        sampling = _sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
+        most = body.max_completion_tokens or body.max_tokens
+        asked = [_asked(service, prompt, body, most, sampling, choice) for choice in range(body.n)]
+        answer = _answer(CHAT, service, [prompt], len(asked), bool(body.logprobs))
+        return await _respond(service, answer, asked, body, request)
+
+    return app
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class UnknownModel(UserError):
+    """Another model than the one that is served."""
+
+
+def _require_model(service: Service, name: str) -> None:
+    if name != service.name:
+        raise UnknownModel(f"the model {name!r} is not served here: this is {service.name!r}")
+
+
+def _sampling(body: CompletionRequest | ChatRequest, logprobs: int | None) -> Sampling:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = 1.0 if body.top_p is None else body.top_p
+    return Sampling(temperature=temperature, top_p=top_p, seed=body.seed, logprobs=logprobs)
+
+
+def _asked(
+    service: Service,
+    prompt: tuple[int, ...],
+    body: CompletionRequest | ChatRequest,
+    max_tokens: int | None,
+    sampling: Sampling,
+    choice: int,
+) -> Asked:
+    """The ``choice``-th answer to a prompt: choices differ by their seed."""
+    if sampling.seed is not None:
+        sampling = sampling.model_copy(update={"seed": sampling.seed + choice})
+    return Asked(prompt, service.room(prompt, max_tokens), sampling, tuple(body.stops), body.ignore_eos)
+
+
+def _answer(
+    shape: Any, service: Service, prompts: Sequence[Sequence[int]], choices: int, with_logprobs: bool
+) -> Answer:
+    def decode(token: int) -> str:
+        return str(service.tokenizer.decode([token]))
+
+    usage = Usage(prompt_tokens=sum(map(len, prompts)))
+    return Answer(shape, service.name, decode, with_logprobs, [Choice() for _ in range(choices)], usage)
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _respond(
+    service: Service,
+    answer: Answer,
+    asked: Sequence[Asked],
+    body: CompletionRequest | ChatRequest,
+    request: Request,
+) -> Response:
+    """The whole answer, or a stream whose status is sent only once its first piece is known."""
+    pieces = _together(service, asked)
+    if not body.stream:
+        return await _unless_left(request, _whole(answer, pieces))
+    first = await anext(pieces)
+    events = _events(answer, first, pieces, usage=body.wants_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _whole(answer: Answer, pieces: AsyncGenerator[tuple[int, Piece]]) -> Response:
+    async with contextlib.aclosing(pieces):
+        async for index, piece in pieces:
+            answer.add(index, piece)
+    return _json(answer.whole())
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What ``work`` returns; it is cancelled if the client leaves, who will not see the empty answer."""
+    task = asyncio.create_task(work)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=_CLIENT_LEFT)
+    finally:
+        for pending in (task, leaving):
+            pending.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    """Until the client has closed the connection; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _together(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tuple[int, Piece]]:
+    """The pieces of several answers as they come, each with its answer's index."""
+    with service.places(len(asked)):
+        if len(asked) == 1:
+            async with contextlib.aclosing(service.answer(asked[0])) as only:
+                async for piece in only:
+                    yield 0, piece
+            return
+        queue: asyncio.Queue[tuple[int, Piece | EngineLost]] = asyncio.Queue()
+        tasks = [asyncio.create_task(_follow(service, *numbered, queue)) for numbered in enumerate(asked)]
+        try:
+            left = len(asked)
+            while left:
+                index, found = await queue.get()
+                if isinstance(found, EngineLost):
+                    raise found
+                left -= found.finish is not None
+                yield index, found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _follow(
+    service: Service, index: int, asked: Asked, queue: asyncio.Queue[tuple[int, Piece | EngineLost]]
+) -> None:
+    try:
+        async with contextlib.aclosing(service.answer(asked)) as answer:
+            async for piece in answer:
+                queue.put_nowait((index, piece))
+    except EngineLost as error:
+        queue.put_nowait((index, error))
+
+
+async def _events(
+    answer: Answer, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]], *, usage: bool
+) -> AsyncGenerator[bytes]:
+    """Server-sent events (html.spec.whatwg.org, section 9.2), as OpenAI ends them."""
+
+    def event(content: Json) -> bytes:
+        return b"data: " + orjson.dumps(content) + b"\n\n"
+
+    async with contextlib.aclosing(rest):
+        try:
+            answer.add(*first)
+            yield event(answer.chunk(*first))
+            async for index, piece in rest:
+                answer.add(index, piece)
+                yield event(answer.chunk(index, piece))
+        except EngineLost as error:
+            # The status is out already; clients raise what an event calls an error.
+            yield event(error_body(_lost(error), "engine_error", code="engine_lost"))
+            return
+        if usage:
+            yield event(answer.usage_chunk())
+        yield b"data: [DONE]\n\n"
+
+
+def _lost(error: EngineLost) -> str:
+    return f"{error}: send the request again"
+
+
+def _json(content: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+
+
+def _model(service: Service) -> Json:
+    ready = service.engine.ready
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "open-autoglm",
+        "max_model_len": service.max_tokens,
+        "bundle_digest": service.digest,
+        "slots": ready.slots if ready else 0,
+    }
+
+
+# ── health ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz")
+    async def healthz() -> Json:
+        """The server answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """The engine answers; 503 with the reason while it does not."""
+        engine = service.engine
+        if engine.state == "ready":
+            return _json({"status": "ready"})
+        return _json({"status": engine.state, "reason": engine.last_words}, 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _add_errors(app: FastAPI) -> None:
+    def told(status: int, kind: str, message: str, **more: Any) -> Response:
+        headers = more.pop("headers", None)
+        return _json(error_body(message, kind, **more), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"][1:])
+        message = f"{place}: {problem['msg']}" if place else str(problem["msg"])
+        return told(400, "invalid_request_error", message, param=place or None)
+
+    @app.exception_handler(UnknownModel)
+    async def unknown(_request: Request, error: UnknownModel) -> Response:
+        return told(404, "invalid_request_error", str(error), param="model", code="model_not_found")
+
+    @app.exception_handler(UserError)
+    async def refused(_request: Request, error: UserError) -> Response:
+        return told(400, "invalid_request_error", str(error))
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        return told(error.status_code, "invalid_request_error", f"{request.url.path}: {error.detail}")
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_request: Request, error: Overloaded) -> Response:
+        retry = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        if error.full:
+            return told(429, "rate_limit_error", str(error), code="queue_full", headers=retry)
+        return told(503, "overloaded_error", str(error), code="deadline", headers=retry)
+
+    @app.exception_handler(EngineLost)
+    async def lost(_request: Request, error: EngineLost) -> Response:
+        return told(
+            503,
+            "engine_error",
+            _lost(error),
+            code="engine_lost",
+            headers={"Retry-After": str(_LOST_RETRY_S)},
+        )

@@ -1,0 +1,165 @@
+"""OpenAI's answers, whole or in pieces, and its errors: plain dictionaries in the order clients show them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from open_autoglm.serving.service import Piece
+
+Json = dict[str, Any]
+
+
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> Json:
+    """``{"error": …}`` as OpenAI's clients expect it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass
+class Usage:
+    """Tokens of one HTTP request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def count(self, piece: Piece) -> None:
+        self.completion_tokens += piece.token.token is not None
+        self.cached_tokens += piece.token.cached_tokens
+
+    def body(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass
+class Choice:
+    """One answer so far."""
+
+    text: str = ""
+    finish: str | None = None
+    pieces: list[Piece] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.finish = piece.finish
+        self.pieces.append(piece)
+
+
+Decode = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What completions and chats say differently."""
+
+    prefix: str
+    whole: str
+    chunk: str
+    logprobs: Callable[[Sequence[Piece], Decode], Json]
+    body: Callable[[str], Json]
+    delta: Callable[[str, bool], Json]
+
+
+def _text_logprobs(pieces: Sequence[Piece], decode: Decode) -> Json:
+    known = [piece.token for piece in pieces if piece.token.token is not None]
+    words = [decode(t.token) for t in known if t.token is not None]
+    offsets = [sum(map(len, words[:index])) for index in range(len(words))]
+    return {
+        "tokens": words,
+        "token_logprobs": [t.logprob for t in known],
+        "top_logprobs": [{decode(i): value for i, value in t.likeliest} for t in known],
+        "text_offset": offsets,
+    }
+
+
+def _chat_logprobs(pieces: Sequence[Piece], decode: Decode) -> Json:
+    def entry(token: int, logprob: float | None) -> Json:
+        word = decode(token)
+        return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+
+    known = [piece.token for piece in pieces if piece.token.token is not None]
+    content = [
+        entry(t.token, t.logprob) | {"top_logprobs": [entry(i, value) for i, value in t.likeliest]}
+        for t in known
+        if t.token is not None
+    ]
+    return {"content": content, "refusal": None}
+
+
+COMPLETION = Shape(
+    prefix="cmpl",
+    whole="text_completion",
+    chunk="text_completion",
+    logprobs=_text_logprobs,
+    body=lambda text: {"text": text},
+    delta=lambda text, first: {"text": text},
+)
+CHAT = Shape(
+    prefix="chatcmpl",
+    whole="chat.completion",
+    chunk="chat.completion.chunk",
+    logprobs=_chat_logprobs,
+    body=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    delta=lambda text, first: {"delta": ({"role": "assistant"} if first else {}) | {"content": text}},
+)
+
+
+@dataclass
+class Answer:
+    """One HTTP request's answer in the making."""
+
+    shape: Shape
+    model: str
+    decode: Decode
+    with_logprobs: bool
+    choices: list[Choice]
+    usage: Usage
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.shape.prefix}-{uuid.uuid4().hex}"
+
+    def add(self, index: int, piece: Piece) -> None:
+        self.usage.count(piece)
+        self.choices[index].add(piece)
+
+    def whole(self) -> Json:
+        choices = [
+            {
+                "index": index,
+                **self.shape.body(choice.text),
+                "logprobs": self._logprobs(choice.pieces),
+                "finish_reason": choice.finish,
+            }
+            for index, choice in enumerate(self.choices)
+        ]
+        return self._head(self.shape.whole) | {"choices": choices, "usage": self.usage.body()}
+
+    def chunk(self, index: int, piece: Piece) -> Json:
+        """One event of a stream, after `add`."""
+        first = len(self.choices[index].pieces) == 1
+        choice = {
+            "index": index,
+            **self.shape.delta(piece.text, first),
+            "logprobs": self._logprobs([piece]),
+            "finish_reason": piece.finish,
+        }
+        return self._head(self.shape.chunk) | {"choices": [choice]}
+
+    def usage_chunk(self) -> Json:
+        return self._head(self.shape.chunk) | {"choices": [], "usage": self.usage.body()}
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> Json | None:
+        return self.shape.logprobs(pieces, self.decode) if self.with_logprobs else None
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -1,0 +1,69 @@
+"""A server as a user starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+_URL = re.compile(r"at (http://\S+)/v1")
+_START_S = 120
+
+
+class Endpoint:
+    """One ``open-autoglm serve``."""
+
+    def __init__(self, bundle: Path, home: Path, *options: str) -> None:
+        self.home = home
+        command = [sys.executable, "-m", "open_autoglm.cli", "serve", str(bundle), "--port", "0", *options]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "AUTOGLM_HOME": str(home), "PYTHONUNBUFFERED": "1"},
+        )
+        self.said: list[str] = []
+        # What it says must be read, or it stops when the pipe is full.
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+        self.url = self._wait()
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.said += self.process.stderr
+
+    def _wait(self) -> str:
+        assert self.process.stdout is not None
+        timer = threading.Timer(_START_S, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        match = _URL.search(line)
+        if match is None:
+            self.process.wait()
+            self._reader.join()
+            raise AssertionError(f"it did not start: {line}{''.join(self.said)}")
+        return match[1]
+
+    def stop(self, sign: int = signal.SIGTERM) -> int:
+        """Its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(sign)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def endpoint(bundle: Path, home: Path, *options: str) -> Iterator[Endpoint]:
+    """Serve ``bundle`` for the length of the block."""
+    server = Endpoint(bundle, home, *options)
+    try:
+        yield server
+    finally:
+        server.stop(signal.SIGKILL)

@@ -169,7 +169,7 @@ HEAVY_BY_NATURE = {
     "open_autoglm/serving/api.py": {"fastapi", "orjson", "starlette"},  # a server needs them from the start
     "open_autoglm/serving/limits.py": {"orjson"},
     "open_autoglm/serving/metrics.py": {"prometheus_client"},
-    "open_autoglm/serving/server.py": {"uvicorn"},
+    "open_autoglm/serving/server.py": {"prometheus_client", "uvicorn"},
     "open_autoglm/serving/service.py": {"psutil"},
 }
 

@@ -58,6 +58,8 @@ def run_serve(
 
 def _tell(url: str, name: str) -> None:
     """The URL, and a request to try."""
-    body = json.dumps({"model": name, "prompt": "The capital of France is", "max_tokens": 8})
+    body = json.dumps(
+        {"model": name, "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    )
     click.echo(f"serving {name} at {url}/v1 (docs at {url}/docs)")
     click.echo(f"try: curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Model
@@ -100,6 +101,7 @@ def _url(listener: socket.socket) -> str:
 
 def run(options: ServerOptions, ready: Callable[[str], None]) -> None:
     """`serve` in an event loop of its own. Raises UserError."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the series, read by no dashboard
     listener = bind(options.host, options.port)
     try:
         asyncio.run(serve(options, listener, ready))

@@ -177,11 +177,12 @@ def has_nvidia_card(root: Path = Path("/")) -> bool:
 def _parse_gpu(line: str) -> Gpu:
     """One line of nvidia-smi's CSV: ``NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0`` (memory in MiB).
 
-    Memory is 0 for a GPU that shares the host's, whose own is ``[N/A]``.
+    Memory is 0 for a GPU that shares the host's, whose own is ``[N/A]``, and so may its capability be.
     """
     name, memory, driver, capability = (part.strip() for part in line.rsplit(",", 3))
     mib = int(memory) if memory.isdigit() else 0
-    return Gpu(name=name, memory_bytes=mib * 2**20, driver=driver, compute_capability=capability)
+    told = capability if re.fullmatch(r"\d+\.\d+", capability) else None
+    return Gpu(name=name, memory_bytes=mib * 2**20, driver=driver, compute_capability=told)
 
 
 # ── measured peaks ───────────────────────────────────────────────────────────────────────────────

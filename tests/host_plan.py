@@ -20,7 +20,14 @@ from open_autoglm.engines.tensorrt_executor import CudaTensors, PlanExecutor
 from open_autoglm.export.graph import FIRST_LOGITS
 from open_autoglm.export.standard_graph import load_standard
 from open_autoglm.export.tensorrt_build import input_ranges
-from open_autoglm.export.tensorrt_plan import REGIMES, InputRange, PlanHost, PlanRecord, PlanSizes
+from open_autoglm.export.tensorrt_plan import (
+    REGIMES,
+    InputRange,
+    PlanHost,
+    PlanRecord,
+    PlanSizes,
+    profiles_of,
+)
 from open_autoglm.schemas import FileDigest
 
 _TYPES = {"tensor(float)": ("FLOAT", np.float32), "tensor(int64)": ("INT64", np.int64)}
@@ -141,7 +148,7 @@ def network_of(model: Any) -> Any:
 def open_on_host(graph: Path, sizes: PlanSizes, *, cuda_graph: bool = False) -> PlanExecutor:
     """The standard fp32 graph in ``graph`` in an executor, as if a plan had been built of it."""
     model = load_standard(graph, sizes.cache_tokens)
-    profiles = {regime: input_ranges(network_of(model), sizes, regime) for regime in REGIMES}
+    profiles = {kind: input_ranges(network_of(model), sizes, kind) for kind in profiles_of(sizes)}
     fixed = graph / "fixed.onnx"
     fixed.write_bytes(model.SerializeToString())
     options = ort.SessionOptions()

@@ -34,12 +34,9 @@ WHO_MAY_IMPORT = {
     "onnxruntime_genai": {"open_autoglm/export/"},
     "onnx": {"open_autoglm/export/"},
     "openvino": {"open_autoglm/engines/openvino_engine.py", "open_autoglm/export/"},
-    "tensorrt": {"open_autoglm/engines/capability_tensorrt.py", "open_autoglm/export/tensorrt_api.py"},
-    "tensorrt_rtx": {"open_autoglm/engines/capability_tensorrt.py", "open_autoglm/export/tensorrt_api.py"},
-    "tensorrt_rtx_bindings": {
-        "open_autoglm/engines/capability_tensorrt.py",
-        "open_autoglm/export/tensorrt_api.py",
-    },
+    "tensorrt": {"open_autoglm/export/tensorrt_api.py"},
+    "tensorrt_rtx": {"open_autoglm/export/tensorrt_api.py"},
+    "tensorrt_rtx_bindings": {"open_autoglm/export/tensorrt_api.py"},
     "torchao": {"open_autoglm/engines/torch_weights.py"},
     "pynvml": {"open_autoglm/measure/device_memory.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
@@ -196,8 +193,8 @@ def test_what_measures_does_not_know_what_decides() -> None:
 def test_engines_do_not_know_each_other() -> None:
     """Each is a plug-in: it knows the contract and may know the exporters, not its rivals."""
     shared = (
-        "contract", "gpu", "nvidia", "onnxruntime_placement", "onnxruntime_session", "tensorrt_executor",
-        "tensorrt_session", "torch_session", "torch_weights", "unloadable",
+        "contract", "gpu", "nvidia", "onnxruntime_placement", "onnxruntime_session", "standard_schemes",
+        "tensorrt_executor", "tensorrt_session", "torch_session", "torch_weights", "unloadable",
     )  # fmt: skip
     capability = ("capability", *(f"capability_{part}" for part in ("driver", "elf", "packages")))
     allowed = {f"open_autoglm.engines.{name}" for name in (*shared, *capability)}

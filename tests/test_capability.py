@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from elf_files import write_elf
 from studies import demo_analysis
 
 from open_autoglm.engines import nvidia
-from open_autoglm.engines.capability import WIDTH, judge, operands
+from open_autoglm.engines.capability import WIDTH, Asked, judge, operands
 from open_autoglm.engines.capability_driver import missing_driver
 from open_autoglm.engines.capability_elf import needed_libraries
+from open_autoglm.engines.capability_tensorrt import reach_import
 from open_autoglm.engines.nvidia import probe_nvidia
 from open_autoglm.planning import plan
 from open_autoglm.schemas import OptimizeSpec, Probe, ProbeStage
@@ -152,6 +154,17 @@ def test_tensorrt_for_rtx_builds_without_a_gpu_and_says_that_it_cannot_run() -> 
     assert "libcuda.so.1 cannot be loaded" in probe.reason
 
 
+def test_a_tensorrt_without_the_layers_is_told_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a graph fails in its parser: what is asked for is the layer."""
+    old = SimpleNamespace(__version__="8.6.1", INetworkDefinition=object)
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    reached = reach_import(Asked(engine="tensorrt", version="8.6.1"))
+    assert reached.obstacle == "tensorrt 8.6.1 cannot update a KV cache in place: TensorRT 10.15 can"
+    assert "open-autoglm[tensorrt]" in str(reached.install)
+    old.INetworkDefinition = SimpleNamespace(add_kv_cache_update=None)
+    assert reach_import(Asked(engine="tensorrt", version="10.16")).obstacle == ""
+
+
 @without_driver
 def test_torch_without_a_driver_is_not_imported_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which build it is and that there is no driver, from the metadata alone."""
@@ -242,7 +255,7 @@ def test_the_drivers_own_library_is_not_a_missing_package(fake_onnxruntime: Fake
 _FAKE_DRIVER = """
 #include <stdlib.h>
 #include <string.h>
-int cuDriverGetVersion(int *version) { *version = %(version)d; return 0; }
+int cuDriverGetVersion(int *version) { *version = %(version)d; return %(version)d ? 0 : 34; }
 int cuInit(unsigned flags) { return %(init)d; }
 int cuGetErrorName(int code, const char **name) {
   *name = code == 100 ? "CUDA_ERROR_NO_DEVICE" : 0;
@@ -309,12 +322,13 @@ print(probe.stage, probe.reason, probe.install, sep="|")
             "no_device|the NVIDIA driver is too old: it supports CUDA 12.2, and ONNX Runtime's CUDA provider "
             "needs CUDA 13|apt-get install nvidia-driver-580",
         ),
+        ({"version": 0}, "no_device|the NVIDIA driver does not answer (error 34)|None"),
         ({"init": 100}, "no_device|the NVIDIA driver does not start (CUDA_ERROR_NO_DEVICE)|None"),
         ({"init": 999}, "no_device|the NVIDIA driver does not start (error 999)|None"),
         ({"gpus": 0}, "no_device|the NVIDIA driver shows no GPU (CUDA_ERROR_NO_DEVICE)|None"),
         ({}, "ready|computes on the GPU what numpy computes, CUDA 13.0 driver, Fake GPU|None"),
     ],
-    ids=["too-old", "no-device", "broken", "hidden", "fit"],
+    ids=["too-old", "stub", "no-device", "broken", "hidden", "fit"],
 )
 def test_a_driver_is_judged_by_what_it_says(
     driver: dict[str, int], told: str, fake_onnxruntime: FakeOnnxRuntime, with_driver: FakeDriver

@@ -141,20 +141,22 @@ def test_a_card_is_seen_without_its_driver(tmp_path: Path, vendor: str, kind: st
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line of nvidia-smi is a GPU; one without memory of its own has 0."""
+    """Each line of nvidia-smi is a GPU; one without memory of its own has 0, and one may not tell its age."""
     install_nvidia_smi(
         tmp_path,
         monkeypatch,
-        "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA GB10, [N/A], 580.95.05, 12.1'",
+        "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA GB10, [N/A], 580.95.05, 12.1'; "
+        "echo 'NVIDIA X, 1024, 580.95.05, [N/A]'",
     )
-    (h100, gb10), reason = hardware.find_gpus()
+    (h100, gb10, unknown), reason = hardware.find_gpus()
     assert h100 == Gpu(
         name="NVIDIA H100 80GB HBM3",
         memory_bytes=81559 * 2**20,
         driver="580.65.06",
         compute_capability="9.0",
     )
-    assert gb10.memory_bytes == 0
+    assert (gb10.memory_bytes, gb10.compute_capability) == (0, "12.1")
+    assert unknown.compute_capability is None
     assert reason == ""
 
 

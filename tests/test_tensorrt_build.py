@@ -22,7 +22,7 @@ from open_autoglm import engines
 from open_autoglm.checkpoint import load_checkpoint
 from open_autoglm.engines.capability_driver import missing_driver
 from open_autoglm.engines.contract import ExportContext
-from open_autoglm.export.graph import GRAPH
+from open_autoglm.export.graph import DATA, GRAPH
 from open_autoglm.export.standard_graph import MAX_TOKENS, write_standard
 from open_autoglm.export.standard_recipe import StandardRecipe
 from open_autoglm.export.tensorrt_api import TensorRTFailure, load
@@ -36,6 +36,7 @@ from open_autoglm.export.tensorrt_plan import (
     PlanRecord,
     PlanSizes,
     check_plan,
+    profiles_of,
     read_record,
 )
 from open_autoglm.export.tensorrt_runtime import OpenPlan
@@ -138,6 +139,42 @@ def test_each_regime_has_its_profile(write: Write) -> None:
         assert ranges["write_indices"] == ((1,), (2,), (2,))
         assert ranges["past_key_values.1.value"] == ((1, 2, 48, 32), (2, 2, 48, 32), (2, 2, 48, 32))
         assert len(ranges) == network.num_inputs
+
+
+@pytest.mark.parametrize(("tuned_for", "usual"), [("token", 1), ("prompt", 16)])
+def test_one_profile_may_serve_both_regimes(write: Write, tuned_for: Any, usual: int) -> None:
+    """From a token to a full cache, with kernels chosen for one of the lengths."""
+    parsed = parse(write(StandardRecipe(compute="fp16")))
+    sizes = SIZES.model_copy(update={"tuned_for": tuned_for})
+    assert profiles_of(sizes) == ("any",)
+    ranges = {found.name: found for found in input_ranges(parsed.network, sizes, "any")}
+    for name, expected in (
+        ("input_ids", ((1, 1), (2, usual), (2, 48))),
+        ("first_logits", ((0,), (usual - 1,), (47,))),
+    ):
+        assert (ranges[name].least, ranges[name].best, ranges[name].most) == expected
+
+
+def test_one_profile_holds_the_weights_once(tmp_path: Path) -> None:
+    """Which is what it is for: TensorRT-RTX writes those of linear layers for each profile."""
+    checkpoint = load_checkpoint(
+        str(build_checkpoint(tmp_path / "glm", layers=1, **{**DEMO, "vocab_size": 2048}))
+    )
+    graph = tmp_path / "graph"
+    graph.mkdir()
+    write_standard(checkpoint, StandardRecipe(compute="fp16"), graph)
+    weights = (graph / DATA).stat().st_size
+    plans = {}
+    for tuned_for in ("both", "token"):
+        (tmp_path / tuned_for).mkdir()
+        sizes = PlanSizes.model_validate(
+            {"batch_size": 1, "prompt_tokens": 128, "cache_tokens": 256, "tuned_for": tuned_for}
+        )
+        plans[tuned_for] = build(graph, tmp_path / tuned_for, sizes)
+    assert list(plans["token"].profiles) == ["any"]
+    once, twice = plans["token"].plan.size_bytes, plans["both"].plan.size_bytes
+    assert weights < once < 1.3 * weights  # of the tied embedding there are two forms
+    assert twice - once > 0.7 * weights
 
 
 @pytest.mark.parametrize(("compute", "weight_streaming"), [("fp16", True), ("fp32", False)])

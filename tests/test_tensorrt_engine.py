@@ -15,8 +15,11 @@ from open_autoglm.engines import tensorrt_engine
 from open_autoglm.engines.contract import room_of
 from open_autoglm.export import tensorrt_plan
 from open_autoglm.export.tensorrt_plan import PlanGpu
-from open_autoglm.schemas import Analysis, Candidate, Device, Gpu, OptimizeSpec
+from open_autoglm.schemas import Analysis, Candidate, Device, Gpu, Knob, OptimizeSpec
 from open_autoglm.settings import Settings
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "attention_heads": 16}
+"""Layers that blocks of every size divide; the demo's are divided by 64 alone."""
 
 ENGINES = pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 SPEC = OptimizeSpec(model_path="x")
@@ -55,7 +58,7 @@ def test_start_candidates_keep_their_names(name: str) -> None:
         f"{name}-fp16": 16,
         f"{name}-bf16": 16,
         f"{name}-w8": 8,
-        f"{name}-w4-b128": 4.125,
+        f"{name}-w4-b64": 4.25,
         f"{name}-w8a8": 8,
         f"{name}-fp8": 8,
     }
@@ -84,16 +87,17 @@ def test_a_knob_that_is_not_the_default_is_in_the_id(name: str) -> None:
         assert all(
             engine.variant(engine.variant(start, knobs), dict(start.knobs)).id == start.id for knobs in turns
         )
-    assert len(set(ids)) == len(ids) == 2 * 8 + 3 * 16 + 32
+    assert len(set(ids)) == len(ids) == 2 * 24 + 4 * 48
     everything = {
         "block_size": 64,
         "compute": "bf16",
+        "tuned_for": "token",
         "weight_streaming": True,
         "cuda_graph": True,
         "draft_tokens": 7,
     }
-    start = proposed(name)[f"{name}-w4-b128"]
-    assert engine.variant(start, everything).id == f"{name}-w4-b64-bf16-stream-graph-draft7"
+    start = proposed(name, analysis(**WIDE))[f"{name}-w4-b128"]
+    assert engine.variant(start, everything).id == f"{name}-w4-b64-bf16-token-stream-graph-draft7"
     with pytest.raises(KeyError):
         engine.variant(start, {"threads": 1})
 
@@ -105,13 +109,51 @@ def test_what_trades_something_is_turned(name: str) -> None:
     session = {"draft_tokens": (0, 7), "cuda_graph": (False, True)}
     compute = {"compute": ("fp16", "bf16")}
     assert space(start[f"{name}-fp16"]) == session == space(start[f"{name}-bf16"])
-    assert space(start[f"{name}-w4-b128"]) == {**session, "block_size": (128, 64), **compute}
-    assert space(start[f"{name}-w8a8"]) == {**session, **compute}
+    assert space(start[f"{name}-w4-b64"]) == {**session, **compute} == space(start[f"{name}-w8a8"])
+    wide = analysis(**WIDE)
+    blocks = {"block_size": (128, 64)}
+    assert space(proposed(name, wide)[f"{name}-w4-b128"], wide) == {**session, **blocks, **compute}
     assert space(start[f"{name}-w8"], analysis("7.5")) == session
-    streaming = {"weight_streaming": (False, True)}
-    assert space(start[f"{name}-fp16"], analysis(memory_bytes=2**27)) == {**session, **streaming}
+    streaming, narrow = {"weight_streaming": (False, True)}, {"tuned_for": ("token", "prompt")}
+    small = analysis(memory_bytes=2**27)
+    found = proposed(name, small)[f"{name}-fp16-token"]
+    assert space(found, small) == {**session, **narrow, **streaming}
     tight = OptimizeSpec(model_path="x", objective="memory", batch_size=2)
-    assert space(start[f"{name}-fp16"], spec=tight) == {"cuda_graph": (False, True), **streaming}
+    saving = {"tuned_for": ("both", "token", "prompt"), **streaming}
+    assert space(start[f"{name}-fp16"], spec=tight) == {"cuda_graph": (False, True), **saving}
+
+
+@ENGINES
+@pytest.mark.parametrize(("objective", "tuned_for"), [("latency", "token"), ("ttft", "prompt")])
+def test_a_gpu_without_room_for_twice_the_weights_gets_one_profile(
+    name: str, objective: Any, tuned_for: str
+) -> None:
+    """With the figures in its reason, for each precision by itself; a GPU without memory has the host's."""
+    spec = OptimizeSpec(model_path="x", objective=objective)
+    large = {"parameters": 9_400_000_000, "memory_bytes": 24 * GIB}
+    found = {c.precision: c for c in proposed(name, analysis(**large), spec).values()}
+    assert {precision: c.knobs["tuned_for"] for precision, c in found.items()} == {
+        **dict.fromkeys(("fp16", "bf16"), tuned_for),
+        **dict.fromkeys(("int8", "fp8", "int4"), "both"),
+    }
+    assert found["fp16"].id == f"{name}-fp16-{tuned_for}"
+    assert found["fp16"].proposed_because.endswith(
+        "; one profile for all lengths, since twice the weights, 35.0 GiB, are more than 80% of the 24.0 GiB "
+        "of NVIDIA X"
+    )
+    assert "one profile" not in found["int4"].proposed_because
+    shared = proposed(name, analysis(memory_bytes=0, parameters=10**12), spec)
+    assert {c.knobs["tuned_for"] for c in shared.values()} == {tuned_for}
+    without = proposed(name, demo_analysis().model_copy(update={"hardware": demo_hardware(gpus=())}), spec)
+    assert {c.knobs["tuned_for"] for c in without.values()} == {"both"}
+
+
+@ENGINES
+def test_layers_that_no_block_divides_veto_4_bits(name: str) -> None:
+    """The id would name a block that the file does not have."""
+    found = proposed(name, analysis(hidden_size=72)).values()
+    vetoes = {c.precision: c.vetoed_because for c in found if c.vetoed_because}
+    assert vetoes == {"int4": "its layers' inputs are no multiples of 64, the smallest block"}
 
 
 EVERY = {"fp16", "bf16", "int8", "int4", "fp8"}
@@ -172,11 +214,16 @@ def test_a_candidate_of_another_engine_has_no_such_limit() -> None:
 @ENGINES
 def test_session_knobs_share_the_plan(name: str) -> None:
     """CUDA graphs and drafts are the session's; everything else is another plan."""
-    engine, start = engines.get(name), proposed(name)[f"{name}-w4-b128"]
+    engine, start = engines.get(name), proposed(name)[f"{name}-w4-b64"]
     recipe = engine.recipe(start)
     assert engine.recipe(engine.variant(start, {"cuda_graph": True, "draft_tokens": 7})) == recipe
-    turned = [{"block_size": 64}, {"compute": "bf16"}, {"weight_streaming": True}, {"cache_tokens": 4096}]
-    turned += [{"batch_size": 2}, {"prompt_tokens": 7}]
+    turned: list[dict[str, Knob]] = [
+        {"block_size": 128},
+        {"compute": "bf16"},
+        {"weight_streaming": True},
+        {"cache_tokens": 4096},
+    ]
+    turned += [{"batch_size": 2}, {"prompt_tokens": 7}, {"tuned_for": "token"}]
     recipes = [recipe, *(engine.recipe(engine.variant(start, knobs)) for knobs in turned)]
     assert all(recipes.count(found) == 1 for found in recipes)
     assert len({str(engine.recipe(c)) for c in proposed(name).values()}) == len(proposed(name))

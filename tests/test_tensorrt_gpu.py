@@ -31,7 +31,12 @@ CANDIDATES = [
     for name in ("tensorrt", "tensorrt-rtx")
     for candidate in engines.get(name).propose(ANALYSIS, SPEC, "gpu")
 ]
-TURNED: list[dict[str, Knob]] = [{"cuda_graph": True}, {"weight_streaming": True}]
+TURNED: list[dict[str, Knob]] = [
+    {"cuda_graph": True},
+    {"weight_streaming": True},
+    {"tuned_for": "token"},
+    {"tuned_for": "prompt"},
+]
 
 
 @pytest.fixture(scope="module")

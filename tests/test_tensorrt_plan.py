@@ -21,6 +21,7 @@ from open_autoglm.export.tensorrt_plan import (
     PlanSizes,
     check_plan,
 )
+from open_autoglm.export.tensorrt_runtime import weight_budget
 from open_autoglm.files import digest_files
 
 H100 = PlanGpu(name="NVIDIA H100", compute_capability="9.0")
@@ -204,6 +205,28 @@ def test_timings_that_tensorrt_refuses_are_made_anew(tmp_path: Path) -> None:
     (warning,) = file.attach(refusing)
     assert "TensorRT refused" in warning
     assert refusing.known == b""
+
+
+# ── weights that are streamed ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("automatic", "expected"),
+    [(1000, 450), (900, 450), (899, 835), (800, 736), (10, 0)],
+    ids=["roomy", "just-fits", "one-short", "some-stream", "no-room"],
+)
+def test_streamed_weights_leave_room_for_the_cache(automatic: int, expected: int) -> None:
+    """Of 900 bytes, beside two caches of 2 rows, 8 numbers each, in fp16; half stay where all would fit."""
+    names = ["input_ids", "past_key_values.0.key", "past_key_values.0.value", "present.0.key"]
+    engine: Any = SimpleNamespace(
+        num_io_tensors=len(names),
+        streamable_weights_size=900,
+        get_weight_streaming_automatic_budget=lambda: automatic,
+        get_tensor_name=names.__getitem__,
+        get_tensor_profile_shape=lambda _name, _profile: [(1, 8), (1, 8), (2, 8)],
+        get_tensor_dtype=lambda _name: SimpleNamespace(itemsize=2),
+    )
+    assert weight_budget(engine) == expected
 
 
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────

@@ -53,8 +53,8 @@ def truth(tiny_glm: Path) -> NDArray[np.float32]:
 
 @pytest.fixture
 def opened(graph: Path) -> Open:
-    def open_session(*, cuda_graph: bool = False) -> tuple[StandardSession, PlanExecutor]:
-        executor = open_on_host(graph, SIZES, cuda_graph=cuda_graph)
+    def open_session(*, cuda_graph: bool = False, **sizes: str) -> tuple[StandardSession, PlanExecutor]:
+        executor = open_on_host(graph, SIZES.model_copy(update=sizes), cuda_graph=cuda_graph)
         return StandardSession(executor, OPTIONS), executor
 
     return open_session
@@ -75,6 +75,18 @@ def test_prefill_and_decode_are_the_models(
     assert_equal(session.prefill(TOKENS[:, :PROMPT]), truth[:, PROMPT - 1])
     for position in range(PROMPT, LENGTH):
         assert_equal(session.decode(TOKENS[:, position]), truth[:, position])
+
+
+def test_one_profile_serves_prompts_and_tokens(opened: Open, truth: NDArray[np.float32]) -> None:
+    """In a context each: what one was told stays when the other runs."""
+    session, executor = opened(tuned_for="token")
+    assert list(executor._record.profiles) == ["any"]
+    for _ in range(2):
+        assert_equal(session.prefill(TOKENS[:, :PROMPT]), truth[:, PROMPT - 1])
+        for position in range(PROMPT, LENGTH):
+            assert_equal(session.decode(TOKENS[:, position]), truth[:, position])
+    contexts = executor._plan.contexts
+    assert contexts["prefill"] is not contexts["decode"]
 
 
 def test_full_logits_are_the_models(opened: Open, truth: NDArray[np.float32]) -> None:

@@ -14,6 +14,7 @@ from studies import demo_analysis, demo_hardware
 
 from open_autoglm import trials
 from open_autoglm.measure.isolation import Failure
+from open_autoglm.measure.lease import device_lease
 from open_autoglm.measure.scenarios import LEAD_IN_TOKENS
 from open_autoglm.measure.workload import make_workload
 from open_autoglm.schemas import Candidate, OptimizeSpec, Trial
@@ -223,6 +224,26 @@ def test_another_host_or_configuration_is_looked_at_anew(
 
 
 # ── failing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_build_without_device_memory_ends_one_trial_only(
+    bench: Bench, home: Settings, fake_engine: Callable[..., Candidate]
+) -> None:
+    """Its reason says so, the device is free, and the next candidate for it is built."""
+    full, modest = (
+        exported_trial(
+            bench, home, fake_engine(f"fake-{act}", export=act).model_copy(update={"device": "gpu"})
+        )
+        for act in ("lacks-device-memory", "works")
+    )
+    assert full.status == "out_of_memory"
+    assert full.reason == (
+        "export: ran out of memory (DeviceOutOfMemoryError: "
+        "TensorRT 10.16 cannot build the graph: OutOfMemory (34 GB))"
+    )
+    assert modest.exported is not None
+    with device_lease("gpu", alone=True):
+        assert full.exported is None
 
 
 @pytest.mark.parametrize(

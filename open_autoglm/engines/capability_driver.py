@@ -36,7 +36,8 @@ def find_device(who: str, cuda_major: int | None) -> Reached:
         return Reached(obstacle=missing, install=install if has_nvidia_card() else None)
     driver = ctypes.CDLL(LIBRARY)
     supported = ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(supported))
+    if code := driver.cuDriverGetVersion(ctypes.byref(supported)):  # as of the toolkit's stub
+        return Reached(obstacle=f"the NVIDIA driver does not answer ({_name(driver, code)})")
     major, minor = supported.value // 1000, supported.value % 1000 // 10
     if cuda_major is not None and major < cuda_major:
         gpus = find_gpus().gpus

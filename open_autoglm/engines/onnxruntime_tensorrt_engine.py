@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from open_autoglm.engines.contract import (
     DRAFT_TOKENS,
@@ -17,12 +17,18 @@ from open_autoglm.engines.contract import (
     dimensions_around,
     draft_dimensions,
 )
-from open_autoglm.engines.gpu import vetoed_if_too_old
 from open_autoglm.engines.nvidia import probe_nvidia
 from open_autoglm.engines.onnxruntime_placement import Placement
 from open_autoglm.engines.onnxruntime_session import open_session
-from open_autoglm.export.decoder_graph import MODEL_TYPES
-from open_autoglm.export.standard_recipe import StandardRecipe
+from open_autoglm.engines.standard_schemes import (
+    SCHEMES,
+    block_dimension,
+    scheme_parts,
+    standard_recipe,
+    start_knobs,
+    vetoed_if_unfit,
+    weight_bits,
+)
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -33,33 +39,8 @@ from open_autoglm.schemas import (
     Knob,
     ModelProfile,
     OptimizeSpec,
-    Precision,
     Probe,
 )
-
-BLOCK_SIZES = (128, 64)
-"""Inputs that share a scale of int4 weights, the cheapest first."""
-
-
-class _Scheme(NamedTuple):
-    precision: Precision
-    bits: int
-    weights: str
-    """In a :class:`StandardRecipe`."""
-    because: str
-
-
-_SCHEMES: Mapping[str, _Scheme] = MappingProxyType(
-    {
-        "fp16": _Scheme("fp16", 16, "same", "half the bytes of fp32 on tensor cores, fused by TensorRT"),
-        "bf16": _Scheme("bf16", 16, "same", "as fp16, with fp32's range"),
-        "w8": _Scheme("int8", 8, "int8", "8-bit weights: decode reads half of fp16's bytes"),
-        "w4": _Scheme("int4", 4, "int4", "4-bit weights: decode reads a quarter of fp16's bytes"),
-        "w8a8": _Scheme("int8", 8, "w8a8", "int8 products: prefill is bound by arithmetic"),
-        "fp8": _Scheme("fp8", 8, "fp8", "fp8 products: int8's bytes and rate, rounded like a float"),
-    }
-)
-"""By the value of the knob ``scheme``."""
 
 
 class OnnxRuntimeTensorRTEngine:
@@ -76,18 +57,13 @@ class OnnxRuntimeTensorRTEngine:
         return Probe(engine=self.name, stage="no_device", reason=reason)
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
-        found = [_start(name, analysis.profile) for name in _SCHEMES]
-        if (model_type := analysis.profile.model_type) not in MODEL_TYPES:
-            reason = (
-                f"no standard graph for model type {model_type}: there are {', '.join(sorted(MODEL_TYPES))}"
-            )
-            return [candidate.vetoed(reason) for candidate in found]
-        return [vetoed_if_too_old(candidate, analysis.hardware) for candidate in found]
+        found = [_start(scheme, analysis.profile) for scheme in SCHEMES]
+        return [vetoed_if_unfit(candidate, analysis) for candidate in found]
 
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
     ) -> tuple[Dimension, ...]:
-        blocks = [_block_dimension(analysis.profile)] if "block_size" in candidate.knobs else []
+        blocks = [block_dimension(analysis.profile)] if "block_size" in candidate.knobs else []
         return dimensions_around(candidate, [*draft_dimensions(spec), *blocks, _TUNED_FOR])
 
     def variant(self, candidate: Candidate, knobs: Mapping[str, Knob]) -> Candidate:
@@ -96,12 +72,12 @@ class OnnxRuntimeTensorRTEngine:
     def recipe(self, candidate: Candidate) -> dict[str, Any]:
         from open_autoglm.export.routes import library_versions
 
-        return {"standard": _standard_recipe(candidate).model_dump(), "versions": library_versions()}
+        return {"standard": standard_recipe(candidate).model_dump(), "versions": library_versions()}
 
     def export(self, candidate: Candidate, checkpoint: Checkpoint, context: ExportContext) -> str:
         from open_autoglm.export.standard_graph import write_standard
 
-        write_standard(checkpoint, _standard_recipe(candidate), context.output)
+        write_standard(checkpoint, standard_recipe(candidate), context.output)
         return "standard ONNX"
 
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
@@ -119,54 +95,25 @@ _TUNED_FOR = Dimension(
 )
 
 
-def _block_dimension(profile: ModelProfile) -> Dimension:
-    """Blocks into which the inputs of every linear layer can be divided."""
-    heads_width = profile.attention_heads * (profile.value_head_dim or profile.head_dim)
-    inputs = (profile.hidden_size, profile.intermediate_size, heads_width)
-    return Dimension(
-        knob="block_size",
-        values=tuple(size for size in BLOCK_SIZES if all(width % size == 0 for width in inputs)),
-        because="smaller blocks follow the weights closer and have more scales to read",
-    )
-
-
 def _start(scheme: str, profile: ModelProfile) -> Candidate:
-    compute = "bf16" if scheme == "bf16" else "fp16"
-    knobs: dict[str, Knob] = {"scheme": scheme, "compute": compute, "tuned_for": "token", **NO_DRAFTS}
-    if scheme != "w4":
-        return _candidate(knobs, _SCHEMES[scheme].because)
-    sizes = _block_dimension(profile).values
-    found = _candidate({**knobs, "block_size": (sizes or BLOCK_SIZES)[0]}, _SCHEMES[scheme].because)
-    if not sizes:
-        return found.vetoed(f"its layers' inputs are no multiples of {BLOCK_SIZES[-1]}, the smallest block")
-    return found
+    knobs: dict[str, Knob] = {**start_knobs(scheme, profile), "tuned_for": "token", **NO_DRAFTS}
+    return _candidate(knobs, SCHEMES[scheme].because)
 
 
 def _candidate(knobs: Mapping[str, Knob], because: str) -> Candidate:
     """The candidate of one configuration, from which alone its id follows."""
-    scheme = _SCHEMES[str(knobs["scheme"])]
-    parts, bits = [OnnxRuntimeTensorRTEngine.name, str(knobs["scheme"])], float(scheme.bits)
-    if "block_size" in knobs:
-        bits += 16 / int(knobs["block_size"])  # a 16-bit scale per block
-        parts.append(f"b{knobs['block_size']}")
+    parts = [OnnxRuntimeTensorRTEngine.name, *scheme_parts(knobs)]
     parts += ["prompt"] if knobs["tuned_for"] == "prompt" else []
     parts += [f"draft{knobs[DRAFT_TOKENS]}"] if knobs[DRAFT_TOKENS] else []
     return Candidate(
         id="-".join(parts),
         engine=OnnxRuntimeTensorRTEngine.name,
         device="gpu",
-        precision=scheme.precision,
-        weight_bits=bits,
+        precision=SCHEMES[str(knobs["scheme"])].precision,
+        weight_bits=weight_bits(knobs),
         knobs=dict(knobs),
         proposed_because=because,
     )
-
-
-def _standard_recipe(candidate: Candidate) -> StandardRecipe:
-    knobs = candidate.knobs
-    blocks = {"block_size": knobs["block_size"]} if "block_size" in knobs else {}
-    weights = _SCHEMES[str(knobs["scheme"])].weights
-    return StandardRecipe.model_validate({"compute": knobs["compute"], "weights": weights, **blocks})
 
 
 # ── the provider's options ───────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from open_autoglm.engines.capability_packages import TENSORRT, TENSORRT_RTX
 from open_autoglm.engines.contract import (
@@ -20,12 +20,19 @@ from open_autoglm.engines.contract import (
     dimensions_around,
     draft_dimensions,
 )
-from open_autoglm.engines.gpu import BF16_SINCE, FP8_SINCE, older_than
+from open_autoglm.engines.gpu import BF16_SINCE, older_than
 from open_autoglm.engines.nvidia import probe_nvidia
+from open_autoglm.engines.standard_schemes import (
+    SCHEMES,
+    block_dimension,
+    scheme_parts,
+    standard_recipe,
+    start_knobs,
+    vetoed_if_unfit,
+    weight_bits,
+)
 from open_autoglm.engines.tensorrt_executor import open_executor
 from open_autoglm.engines.tensorrt_session import StandardSession
-from open_autoglm.export.decoder_graph import MODEL_TYPES
-from open_autoglm.export.standard_recipe import StandardRecipe
 from open_autoglm.export.tensorrt_api import Flavour
 from open_autoglm.export.tensorrt_plan import PlanSizes, host_gpu
 from open_autoglm.measure.scenarios import LEAD_IN_TOKENS
@@ -42,33 +49,12 @@ from open_autoglm.schemas import (
     Knob,
     ModelProfile,
     OptimizeSpec,
-    Precision,
     Probe,
 )
+from open_autoglm.units import quantity
 
 _SESSION_KNOBS: Mapping[str, Knob] = MappingProxyType({"cuda_graph": False, **NO_DRAFTS})
 """None of these changes a plan."""
-
-
-class _Scheme(NamedTuple):
-    precision: Precision
-    bits: int
-    weights: str
-    """In a :class:`StandardRecipe`."""
-    because: str
-
-
-_SCHEMES: Mapping[str, _Scheme] = MappingProxyType(
-    {
-        "fp16": _Scheme("fp16", 16, "same", "half the bytes of fp32 on tensor cores"),
-        "bf16": _Scheme("bf16", 16, "same", "as fp16, with fp32's range"),
-        "w8": _Scheme("int8", 8, "int8", "8-bit weights: decode reads half of fp16's bytes"),
-        "w4": _Scheme("int4", 4, "int4", "4-bit weights: decode reads a quarter of fp16's bytes"),
-        "w8a8": _Scheme("int8", 8, "w8a8", "int8 products: prefill is bound by arithmetic"),
-        "fp8": _Scheme("fp8", 8, "fp8", "fp8 products: int8's bytes and rate, rounded like a float"),
-    }
-)
-"""By the value of the knob ``scheme``."""
 
 
 class _NativeEngine:
@@ -88,33 +74,39 @@ class _NativeEngine:
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         """On the CPU only the first, which stands there for all that it cannot run."""
-        shared: dict[str, Knob] = {**_size_knobs(analysis.profile, spec), **_SESSION_KNOBS}
-        schemes = ["fp16"] if device == "cpu" else list(_SCHEMES)
-        found = [self._start(scheme, shared) for scheme in schemes]
-        unknown = _unknown_model(analysis.profile)
-        if unknown is not None:
-            return [candidate.vetoed(unknown) for candidate in found]
-        return [self._vetoed_if_too_old(candidate, analysis.hardware) for candidate in found]
+        schemes = ["fp16"] if device == "cpu" else list(SCHEMES)
+        found = [self._start(scheme, analysis, spec) for scheme in schemes]
+        return [self._vetoed_if_unfit(candidate, analysis) for candidate in found]
 
-    def _start(self, scheme: str, shared: Mapping[str, Knob]) -> Candidate:
-        compute = "bf16" if scheme == "bf16" else "fp16"
-        knobs: dict[str, Knob] = {"scheme": scheme, "compute": compute, "weight_streaming": False, **shared}
-        if scheme == "w4":
-            knobs["block_size"] = _BLOCK_SIZE.values[0]
-        return self._candidate(knobs, _SCHEMES[scheme].because)
+    def _start(self, scheme: str, analysis: Analysis, spec: OptimizeSpec) -> Candidate:
+        """Tuned for both regimes where there is room for a plan with twice the weights, and else for one."""
+        knobs: dict[str, Knob] = {
+            **start_knobs(scheme, analysis.profile),
+            "weight_streaming": False,
+            **_size_knobs(analysis.profile, spec),
+            "tuned_for": "both",
+            **_SESSION_KNOBS,
+        }
+        because = SCHEMES[scheme].because
+        if (narrow := _no_room_for_two(knobs, analysis)) is not None:
+            tuned_for = "prompt" if spec.objective in ("ttft", "ttft_p95") else "token"
+            knobs, because = {**knobs, "tuned_for": tuned_for}, f"{because}; {narrow}"
+        return self._candidate(knobs, because)
 
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec
     ) -> tuple[Dimension, ...]:
-        """Drafts, CUDA graphs, then how weights are rounded and what is computed with."""
-        memory_counts = spec.objective == "memory" or spec.max_memory is not None
-        rounded = candidate.knobs["scheme"] not in ("fp16", "bf16")
+        """Drafts, CUDA graphs, how weights are rounded and what is computed with; then what saves memory."""
+        knobs, scarce = candidate.knobs, spec.objective == "memory" or spec.max_memory is not None
+        wide = _no_room_for_two(knobs, analysis) is None
+        rounded = knobs["scheme"] not in ("fp16", "bf16")
         space = [
             *draft_dimensions(spec),
             _CUDA_GRAPH,
-            *([_BLOCK_SIZE] if "block_size" in candidate.knobs else []),
+            *([block_dimension(analysis.profile)] if "block_size" in knobs else []),
             *([_COMPUTE] if rounded and not _lacks_bf16(analysis.hardware) else []),
-            *([_WEIGHT_STREAMING] if memory_counts or _overfull(candidate, analysis) else []),
+            *([_tuned_for(*(["both"] if wide else []), "token", "prompt")] if scarce or not wide else []),
+            *([_WEIGHT_STREAMING] if scarce or _overfull(knobs, analysis) else []),
         ]
         return dimensions_around(candidate, space)
 
@@ -126,7 +118,7 @@ class _NativeEngine:
 
         gpu = host_gpu()
         return {
-            "standard": _standard_recipe(candidate).model_dump(),
+            "standard": standard_recipe(candidate).model_dump(),
             "sizes": _sizes(candidate).model_dump(),
             "weight_streaming": candidate.knobs["weight_streaming"],
             "gpu": None if gpu is None else gpu.model_dump(),
@@ -139,7 +131,7 @@ class _NativeEngine:
 
         # The graph is as large as the weights, and of no use beside the plan.
         with tempfile.TemporaryDirectory(dir=context.output) as scratch:
-            write_standard(checkpoint, _standard_recipe(candidate), Path(scratch))
+            write_standard(checkpoint, standard_recipe(candidate), Path(scratch))
             build_plan(
                 Path(scratch),
                 context.output,
@@ -153,26 +145,19 @@ class _NativeEngine:
     def open(self, candidate: Candidate, exported: ExportedModel, options: SessionOptions) -> Session:
         return StandardSession(open_executor(exported.path, self.name, options, candidate.knobs), options)
 
-    def _vetoed_if_too_old(self, candidate: Candidate, hardware: Hardware) -> Candidate:
-        """On a GPU of a generation that it does not serve, or without the arithmetic."""
-        needed = {"bf16": BF16_SINCE, "fp8": FP8_SINCE}.get(candidate.precision, self.oldest)
-        reason = older_than(hardware, self.oldest, self.name) or older_than(
-            hardware, needed, candidate.precision
-        )
-        return candidate if reason is None else candidate.vetoed(reason)
+    def _vetoed_if_unfit(self, candidate: Candidate, analysis: Analysis) -> Candidate:
+        """Also on a GPU of a generation that it does not serve."""
+        reason = older_than(analysis.hardware, self.oldest, self.name)
+        return candidate.vetoed(reason) if reason is not None else vetoed_if_unfit(candidate, analysis)
 
     def _candidate(self, knobs: Mapping[str, Knob], because: str) -> Candidate:
         """The candidate of one configuration, from which alone its id follows."""
-        scheme = _SCHEMES[str(knobs["scheme"])]
-        bits = float(scheme.bits)
-        if "block_size" in knobs:
-            bits += 16 / int(knobs["block_size"])  # a 16-bit scale per block
         return Candidate(
             id="-".join([self.name, *_id_parts(knobs)]),
             engine=self.name,
             device="gpu",
-            precision=scheme.precision,
-            weight_bits=bits,
+            precision=SCHEMES[str(knobs["scheme"])].precision,
+            weight_bits=weight_bits(knobs),
             knobs=dict(knobs),
             proposed_because=because,
         )
@@ -198,6 +183,9 @@ class TensorRTRtxEngine(_NativeEngine):
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────
 
+_WEIGHTS_SHARE = 0.8
+"""Of a GPU's memory: cache, activations and the runtime itself want the rest."""
+
 _CUDA_GRAPH = Dimension(
     knob="cuda_graph",
     values=(False, True),
@@ -210,11 +198,13 @@ _COMPUTE = Dimension(
     because="bf16 has fp32's range and fewer digits; kernels may differ",
 )
 
-_BLOCK_SIZE = Dimension(
-    knob="block_size",
-    values=(128, 64),
-    because="smaller blocks follow the weights closer and have more scales to read",
-)
+
+def _tuned_for(*values: Knob) -> Dimension:
+    because = (
+        "a plan for prompts and tokens each may hold the weights twice; one for all lengths holds them once"
+    )
+    return Dimension(knob="tuned_for", values=values, because=because)
+
 
 _WEIGHT_STREAMING = Dimension(
     knob="weight_streaming",
@@ -238,36 +228,39 @@ def _sizes(candidate: Candidate) -> PlanSizes:
     return PlanSizes.model_validate({name: candidate.knobs[name] for name in PlanSizes.model_fields})
 
 
-def _standard_recipe(candidate: Candidate) -> StandardRecipe:
-    knobs = candidate.knobs
-    blocks = {"block_size": knobs["block_size"]} if "block_size" in knobs else {}
-    weights = _SCHEMES[str(knobs["scheme"])].weights
-    return StandardRecipe.model_validate({"compute": knobs["compute"], "weights": weights, **blocks})
-
-
 def _id_parts(knobs: Mapping[str, Knob]) -> list[str]:
     """What the files are, then what is done otherwise than by default. Sizes are the study's."""
-    parts = [str(knobs["scheme"])]
-    parts += [f"b{knobs['block_size']}"] if "block_size" in knobs else []
+    parts = scheme_parts(knobs)
     parts += [] if knobs["compute"] in ("fp16", knobs["scheme"]) else [str(knobs["compute"])]
+    parts += [] if knobs["tuned_for"] == "both" else [str(knobs["tuned_for"])]
     parts += ["stream"] if knobs["weight_streaming"] else []
     parts += ["graph"] if knobs["cuda_graph"] else []
     parts += [f"draft{knobs[DRAFT_TOKENS]}"] if knobs[DRAFT_TOKENS] else []
     return parts
 
 
-def _unknown_model(profile: ModelProfile) -> str | None:
-    if profile.model_type in MODEL_TYPES:
-        return None
-    known = ", ".join(sorted(MODEL_TYPES))
-    return f"no standard graph for model type {profile.model_type}: there are {known}"
-
-
 def _lacks_bf16(hardware: Hardware) -> bool:
     return older_than(hardware, BF16_SINCE, "bf16") is not None
 
 
-def _overfull(candidate: Candidate, analysis: Analysis) -> bool:
+def _overfull(knobs: Mapping[str, Knob], analysis: Analysis) -> bool:
     """Whether the weights alone are more than the first GPU holds."""
-    gpus = analysis.hardware.gpus
-    return bool(gpus) and analysis.profile.weight_bytes(candidate.weight_bits) > gpus[0].memory_bytes
+    room = _gpu_bytes(analysis.hardware)
+    return room is not None and analysis.profile.weight_bytes(weight_bits(knobs)) > room
+
+
+def _no_room_for_two(knobs: Mapping[str, Knob], analysis: Analysis) -> str | None:
+    """Why a plan is to have one profile: twice its weights leave the first GPU too little for the rest."""
+    room, twice = _gpu_bytes(analysis.hardware), 2 * analysis.profile.weight_bytes(weight_bits(knobs))
+    if room is None or twice <= _WEIGHTS_SHARE * room:
+        return None
+    gpu = analysis.hardware.gpus[0]
+    return (
+        f"one profile for all lengths, since twice the weights, {quantity(twice, 'bytes')}, are more than "
+        f"{_WEIGHTS_SHARE:.0%} of the {quantity(room, 'bytes')} of {gpu.name}"
+    )
+
+
+def _gpu_bytes(hardware: Hardware) -> int | None:
+    """Of the first GPU; of the host where it has none of its own. None without a GPU."""
+    return (hardware.gpus[0].memory_bytes or hardware.memory_bytes) if hardware.gpus else None

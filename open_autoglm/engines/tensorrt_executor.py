@@ -12,6 +12,7 @@ from open_autoglm.engines.tensorrt_session import Feeds
 from open_autoglm.export.graph import FIRST_LOGITS
 from open_autoglm.export.tensorrt_api import Context, Flavour, load
 from open_autoglm.export.tensorrt_plan import (
+    PAST,
     PLAN,
     REGIMES,
     RUNTIME_CACHE,
@@ -24,7 +25,7 @@ from open_autoglm.export.tensorrt_plan import (
 from open_autoglm.export.tensorrt_runtime import OpenPlan
 from open_autoglm.schemas import Knob
 
-LOGITS, PAST, PRESENT = "logits", "past_key_values.", "present."
+LOGITS, PRESENT = "logits", "present."
 
 
 def open_executor(
@@ -32,8 +33,9 @@ def open_executor(
 ) -> PlanExecutor:
     """The plan in ``directory``, ready to run on this host.
 
-    Raises ImportError without the runtime, RuntimeError without a GPU, PlanRefused for a plan that is not
-    for this host and these sizes, TensorRTFailure or DeviceOutOfMemoryError if it cannot be opened.
+    Raises ImportError or OSError without the runtime, RuntimeError without a GPU, PlanRefused for a plan
+    that is not for this host and these sizes, TensorRTFailure or DeviceOutOfMemoryError if it cannot be
+    opened.
     """
     tensors = CudaTensors()
     trt = load(flavour)
@@ -107,8 +109,9 @@ class PlanExecutor:
         self._vocab_size = int(engine.get_tensor_shape(LOGITS)[-1])
         self._cache: dict[str, Any] = {}
         self._calls: dict[Regime, _Call] = {}
-        for index, regime in enumerate(REGIMES):
-            taken = plan.contexts[regime].set_optimization_profile_async(index, tensors.handle)
+        for regime in REGIMES:
+            profile = record.profile_of(regime)
+            taken = plan.contexts[regime].set_optimization_profile_async(profile, tensors.handle)
             self._require(taken, f"take the profile of {regime}")
         tensors.wait()
 
@@ -177,6 +180,7 @@ class PlanExecutor:
             "torch": str(self._tensors.torch.__version__),
             "layers": f"{plan.engine.num_layers} after fusion, {record.layers} before",
             "profiles": ", ".join(record.profiles),
+            "tuned_for": record.sizes.tuned_for,
             "plan_cache_tokens": str(record.sizes.cache_tokens),
             "cuda_graph": "on" if self._cuda_graph else "off",
         }

@@ -157,12 +157,9 @@ def _rounded(profile: ModelProfile) -> list[Candidate]:
 
 
 def _group_dimension(profile: ModelProfile) -> Dimension:
-    """Groups into which the inputs of every linear layer can be divided."""
-    heads_width = profile.attention_heads * (profile.value_head_dim or profile.head_dim)
-    inputs = (profile.hidden_size, profile.intermediate_size, heads_width)
     return Dimension(
         knob="group_size",
-        values=tuple(size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)),
+        values=profile.whole_blocks(GROUP_SIZES),
         because="smaller groups follow the weights closer and have more scales to read",
     )
 

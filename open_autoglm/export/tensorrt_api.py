@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol, cast
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -123,16 +124,18 @@ class Context(Protocol):
 
 
 class CudaEngine(Protocol):
-    """``ICudaEngine``"""
+    """``ICudaEngine``. A budget of weights can be set only while there is no context."""
 
     num_io_tensors: int
     num_layers: int
     num_optimization_profiles: int
+    streamable_weights_size: int
     weight_streaming_budget_v2: int
 
     def get_tensor_name(self, index: int) -> str: ...
     def get_tensor_shape(self, name: str) -> Sequence[int]: ...
     def get_tensor_dtype(self, name: str) -> Any: ...
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Sequence[int]]: ...
     def get_tensor_location(self, name: str) -> Any: ...
     def get_weight_streaming_automatic_budget(self) -> int: ...
     def create_runtime_config(self) -> RuntimeConfig: ...
@@ -147,11 +150,14 @@ class TensorRT(Protocol):
     """The module."""
 
     __version__: str
+    float32: Any
     ILogger: Any
     BuilderFlag: Any
     NetworkDefinitionCreationFlag: Any
     ExecutionContextAllocationStrategy: Any
     CudaGraphStrategy: Any
+    INetworkDefinition: Any
+    MatrixOperation: Any
     TensorLocation: Any
 
     def Builder(self, logger: Any) -> Builder: ...  # noqa: N802
@@ -160,17 +166,32 @@ class TensorRT(Protocol):
 
 
 def load(flavour: Flavour) -> TensorRT:
-    """Import the module. Raises ImportError if it is not installed or its libraries cannot be loaded."""
+    """Import the module. Raises ImportError if it is not installed, ImportError or OSError if its libraries
+    cannot be loaded."""
     if flavour == "tensorrt":
         import tensorrt
 
         return cast(TensorRT, tensorrt)
-    try:
-        import tensorrt_rtx
-    except ModuleNotFoundError:  # the name comes with the metapackage; the wheels do without
-        import tensorrt_rtx_bindings as tensorrt_rtx
+    if find_spec("tensorrt_rtx") is None:  # the name comes with the metapackage; the wheels do without
+        import tensorrt_rtx_bindings
+
+        return cast(TensorRT, tensorrt_rtx_bindings)
+    import tensorrt_rtx
 
     return cast(TensorRT, tensorrt_rtx)
+
+
+def make_builder(trt: TensorRT, log: Log) -> Builder:
+    """Raises TensorRTFailure if TensorRT gives none, as without a GPU that it needs."""
+    try:
+        return trt.Builder(log.logger)
+    except TypeError as error:  # how the bindings say so
+        raise log.failure(f"TensorRT {trt.__version__} cannot build here") from error
+
+
+def make_network(trt: TensorRT, builder: Builder) -> Network:
+    """One that computes in the types it says. TensorRT 10 must be asked for it; later ones know no other."""
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
 # ── what went wrong ──────────────────────────────────────────────────────────────────────────────

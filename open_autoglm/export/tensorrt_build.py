@@ -1,10 +1,11 @@
-"""From a standard ONNX graph to a TensorRT plan: one strongly typed network, a profile for each regime.
+"""From a standard ONNX graph to a TensorRT plan: one strongly typed network, with a profile for each regime
+or one for both.
 
 Precision lies in the graph alone: a strongly typed network computes in the types that the graph says, which
 is the one way that TensorRT 10, 11 and TensorRT-RTX share.
 
-TensorRT-RTX 1.7 writes the weights once for each profile: 52 MB of them became a plan of 100 MB with both
-regimes and of 54 MB with decode alone.
+TensorRT-RTX 1.7 writes the weights of linear layers once for each profile: 52 MB of weights became a plan of
+100 MB with both regimes and of 54 MB with decode alone. So a plan may have one profile for all lengths.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from open_autoglm.export.graph import DATA, FIRST_LOGITS, GRAPH
 from open_autoglm.export.standard_graph import load_standard
 from open_autoglm.export.tensorrt_api import (
-    Builder,
     BuilderConfig,
     Flavour,
     Log,
@@ -24,19 +24,22 @@ from open_autoglm.export.tensorrt_api import (
     Tensor,
     TensorRT,
     TensorRTFailure,
+    TimingCache,
     load,
+    make_builder,
+    make_network,
 )
 from open_autoglm.export.tensorrt_plan import (
     PLAN,
     RECORD,
-    REGIMES,
     RUNTIME_CACHE,
     InputRange,
     PlanHost,
     PlanRecord,
     PlanSizes,
-    Regime,
+    ProfileKind,
     host_gpu,
+    profiles_of,
 )
 from open_autoglm.export.tensorrt_runtime import OpenPlan
 from open_autoglm.files import digest_files, digest_of, write_atomic
@@ -61,7 +64,7 @@ def build_plan(
     trt = load(flavour)
     host = PlanHost(flavour=flavour, version=trt.__version__, gpu=host_gpu())
     parsed = ParsedGraph(trt, graph, sizes.cache_tokens)
-    profiles = {regime: input_ranges(parsed.network, sizes, regime) for regime in REGIMES}
+    profiles = {kind: input_ranges(parsed.network, sizes, kind) for kind in profiles_of(sizes)}
     config = parsed.config(profiles, weight_streaming=weight_streaming)
     kept = None if flavour == "tensorrt-rtx" else TimingFile(timings, host)
     warnings = [] if kept is None else kept.attach(config)
@@ -110,24 +113,16 @@ class ParsedGraph:
         """
         self.log = Log(trt)
         self._trt = trt
-        self._builder = self._make_builder()
-        # The flag is needed by TensorRT 10; later ones know no other networks.
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self.network: Network = self._builder.create_network(flags)
+        self._builder = make_builder(trt, self.log)
+        self.network: Network = make_network(trt, self._builder)
         self._parser = trt.OnnxParser(self.network, self.log.logger)
         self._model = load_standard(graph, cache_tokens).SerializeToString()
         if not self._parser.parse(self._model, path=str(graph / GRAPH)):
             said = [self._parser.get_error(index).desc() for index in range(self._parser.num_errors)]
             raise self.log.failure(f"TensorRT {trt.__version__} cannot read the graph", said)
 
-    def _make_builder(self) -> Builder:
-        try:
-            return self._trt.Builder(self.log.logger)
-        except TypeError as error:  # how the bindings say that TensorRT gave none
-            raise self.log.failure(f"TensorRT {self._trt.__version__} cannot build here") from error
-
     def config(
-        self, profiles: dict[Regime, tuple[InputRange, ...]], *, weight_streaming: bool
+        self, profiles: dict[ProfileKind, tuple[InputRange, ...]], *, weight_streaming: bool
     ) -> BuilderConfig:
         """A configuration with the ``profiles`` in their order."""
         config = self._builder.create_builder_config()
@@ -155,17 +150,17 @@ class ParsedGraph:
 # ── profiles ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def input_ranges(network: Network, sizes: PlanSizes, regime: Regime) -> tuple[InputRange, ...]:
+def input_ranges(network: Network, sizes: PlanSizes, kind: ProfileKind) -> tuple[InputRange, ...]:
     """For each input that is not of one shape, the least, the usual and the largest."""
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     return tuple(
-        _range(tensor, sizes, regime) for tensor in tensors if tensor.is_shape_tensor or -1 in tensor.shape
+        _range(tensor, sizes, kind) for tensor in tensors if tensor.is_shape_tensor or -1 in tensor.shape
     )
 
 
-def _range(tensor: Tensor, sizes: PlanSizes, regime: Regime) -> InputRange:
-    longest = sizes.cache_tokens if regime == "prefill" else 1
-    usual = min(sizes.prompt_tokens, longest)
+def _range(tensor: Tensor, sizes: PlanSizes, kind: ProfileKind) -> InputRange:
+    longest = 1 if kind == "decode" else sizes.cache_tokens
+    usual = 1 if kind == "any" and sizes.tuned_for == "token" else min(sizes.prompt_tokens, longest)
     if tensor.name == FIRST_LOGITS:
         # Counted from the front: for -1, the last, TensorRT could not bound how many rows remain.
         return InputRange(name=tensor.name, least=(0,), best=(usual - 1,), most=(longest - 1,), values=True)
@@ -193,15 +188,20 @@ class TimingFile:
 
     def __init__(self, folder: Path, host: PlanHost) -> None:
         self.path = folder / f"{host.flavour}-{host.version}-{digest_of(str(host.gpu))[:12]}.timings"
+        self._timings: TimingCache | None = None  # must not go before the plan is built
 
     def attach(self, config: BuilderConfig) -> list[str]:
         """Give ``config`` what is known; the warnings are about what was thrown away."""
         known, warnings = self._read()
-        if known and not _attach(config, known):
+        if known and not self._attach(config, known):
             warnings, known = [f"TensorRT refused the timing cache {self.path.name}: it was made anew"], b""
-        if not known and not _attach(config, b""):
+        if not known and not self._attach(config, b""):
             warnings.append("TensorRT takes no timing cache")
         return warnings
+
+    def _attach(self, config: BuilderConfig, known: bytes) -> bool:
+        self._timings = config.create_timing_cache(known)
+        return self._timings is not None and config.set_timing_cache(self._timings, ignore_mismatch=False)
 
     def _read(self) -> tuple[bytes, list[str]]:
         if not self.path.exists():
@@ -219,11 +219,6 @@ class TimingFile:
             write_atomic(self.path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
-def _attach(config: BuilderConfig, known: bytes) -> bool:
-    timings = config.create_timing_cache(known)
-    return timings is not None and config.set_timing_cache(timings, ignore_mismatch=False)
-
-
 # ── afterwards ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -235,4 +230,4 @@ def _try(trt: TensorRT, output: Path, weight_streaming: bool) -> tuple[bool, str
         return False, str(failure)
     if opened.runtime_cache is not None:
         write_atomic(output / RUNTIME_CACHE, bytes(opened.runtime_cache.serialize()))
-    return True, f"opened, with a context for each of {', '.join(REGIMES)}"
+    return True, "opened, with a context for prefill and one for decode"

@@ -24,9 +24,15 @@ RUNTIME_CACHE = "runtime.cache"
 
 PLAN_FORMAT_VERSION = 1
 
+PAST = "past_key_values."
+"""How the names of a plan's caches begin, among its inputs."""
+
 Regime = Literal["prefill", "decode"]
 REGIMES: tuple[Regime, ...] = ("prefill", "decode")
-"""In the order of the plan's optimisation profiles."""
+"""What a session does with a plan, each in an execution context of its own."""
+
+ProfileKind = Literal["prefill", "decode", "any"]
+"""An optimisation profile: for one regime, or for both."""
 
 
 class PlanGpu(Model):
@@ -55,6 +61,14 @@ class PlanSizes(Model):
         ge=1, description="prefill takes from 1 to all of the cache; this is the usual"
     )
     cache_tokens: int = Field(ge=2, description="of each row, prompt and output together")
+    tuned_for: Literal["both", "token", "prompt"] = Field(
+        "both", description="with a profile for each regime; or with one for all lengths, best at this one"
+    )
+
+
+def profiles_of(sizes: PlanSizes) -> tuple[ProfileKind, ...]:
+    """The profiles of a plan, in their order."""
+    return REGIMES if sizes.tuned_for == "both" else ("any",)
 
 
 class InputRange(Model):
@@ -73,7 +87,7 @@ class PlanRecord(Model):
     format_version: int = PLAN_FORMAT_VERSION
     host: PlanHost
     sizes: PlanSizes
-    profiles: dict[Regime, tuple[InputRange, ...]]
+    profiles: dict[ProfileKind, tuple[InputRange, ...]] = Field(description="in their order in the plan")
     layers: int = Field(description="of the network, before TensorRT fuses any")
     weight_streaming: bool
     graph_digest: str
@@ -82,6 +96,11 @@ class PlanRecord(Model):
     can_run: bool | None = Field(None, description="opened on the host that built it; None: no GPU to try")
     run_reason: str = Field(description="why not, or what was tried")
     warnings: tuple[str, ...] = ()
+
+    def profile_of(self, regime: Regime) -> int:
+        """The number of the profile that serves ``regime``."""
+        kinds = list(self.profiles)
+        return kinds.index(regime) if regime in kinds else kinds.index("any")
 
 
 class PlanRefused(RuntimeError):

@@ -87,6 +87,12 @@ class ModelProfile(Model):
         """Bytes of all parameters stored at ``bits`` per parameter."""
         return int(self.parameters * bits / 8)
 
+    def whole_blocks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of ``sizes`` into which the inputs of every linear layer can be divided."""
+        heads_width = self.attention_heads * (self.value_head_dim or self.head_dim)
+        inputs = (self.hidden_size, self.intermediate_size, heads_width)
+        return tuple(size for size in sizes if all(width % size == 0 for width in inputs))
+
     def kv_bytes_per_token(self, bits: float) -> int:
         return int(self.kv_elements_per_token * bits / 8)
 

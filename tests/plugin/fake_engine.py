@@ -25,6 +25,7 @@ from open_autoglm.engines.contract import (
     Tokens,
     because_of,
 )
+from open_autoglm.export.tensorrt_api import DeviceOutOfMemoryError
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
@@ -83,6 +84,8 @@ class FakeEngine:
         (context.output / "weights.bin").write_bytes(b"w" * 1000)
         if candidate.knobs["export"] == "raises":
             raise RuntimeError("no kernel for this model\nand more")
+        if candidate.knobs["export"] == "lacks-device-memory":
+            raise DeviceOutOfMemoryError("TensorRT 10.16 cannot build the graph: OutOfMemory (34 GB)")
         if candidate.knobs["export"] == "segfaults":
             ctypes.string_at(0)
         if candidate.knobs["export"] == "ends":

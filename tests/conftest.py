@@ -15,6 +15,7 @@ os.environ.update(
 for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import pytest
 from tiny_models import build_checkpoint
 
 from open_autoglm import engines
-from open_autoglm.schemas import Candidate
+from open_autoglm.schemas import Candidate, Checkpoint
 from open_autoglm.settings import HOME_NAME, Settings
 
 # The same examples in every run, however loaded the machine, and nothing left in the working tree.
@@ -49,6 +50,39 @@ def settings(tmp_path: Path) -> Settings:
 def shared_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of a home that tests share, so that an export or a reference is made once for all of them."""
     return Settings(home=tmp_path_factory.mktemp("shared") / "home")
+
+
+@pytest.fixture(scope="session")
+def shared_ledger(shared_settings: Settings) -> Path:
+    """What preflight found, for all tests: a family is tried once and not by every module, 5 to 25 s each."""
+    shared_settings.home.mkdir(exist_ok=True)
+    return shared_settings.ledger
+
+
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `traced_once` keeps what was traced, by the checkpoint's digest."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def traced_once(traces: Path) -> Iterator[None]:
+    """transformers' route traces each checkpoint once, 10 s each: recipes differ in what follows."""
+    from open_autoglm.export import transformers_route
+
+    trace = transformers_route.export
+
+    def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
+        kept = traces / checkpoint.digest
+        if not kept.exists():
+            trace(checkpoint, output, scratch)
+            shutil.copytree(output, kept)
+        else:
+            shutil.copytree(kept, output, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_route, "export", export)
+        yield
 
 
 @pytest.fixture

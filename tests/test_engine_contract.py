@@ -55,6 +55,7 @@ neighbouring position, or without the cache, correlates by less than 0.4."""
 
 Numbers = NDArray[np.float32]
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 SPEC = OptimizeSpec(model_path="tiny", objective="memory")  # the objective with the most knobs
 
@@ -110,18 +111,26 @@ def checkpoints(tiny_glm: Path, tiny_llama: Path, home: Path) -> dict[str, Check
     return {family: load_checkpoint(str(path)) for family, path in paths.items()}
 
 
-def serve(candidate: Candidate, checkpoint: Checkpoint, home: Path) -> Served:
+Serve = Callable[[Candidate, Checkpoint], Served]
+
+
+@pytest.fixture(scope="module")
+def serve(home: Path, shared_ledger: Path) -> Serve:
     """Export as the store would, in this process: the child's start-up is not what is checked here."""
-    engine, path = engines.get(candidate.engine), checkpoint.path
-    if engine.recipe(candidate) is not None:
-        path = home / f"{checkpoint.model_type}-{candidate.id}"
-        path.mkdir()
-        with contextlib.redirect_stdout(io.StringIO()):
-            engine.export(candidate, checkpoint, ExportContext(output=path, ledger=home / "ledger.json"))
-    exported = ExportedModel(
-        candidate_id=candidate.id, path=path, digest="", route="", size_bytes=0, build_s=0
-    )
-    return Served(checkpoint.model_type, candidate, exported)
+
+    def export(candidate: Candidate, checkpoint: Checkpoint) -> Served:
+        engine, path = engines.get(candidate.engine), checkpoint.path
+        if engine.recipe(candidate) is not None:
+            path = home / f"{checkpoint.path.name}-{candidate.id}"
+            path.mkdir()
+            with contextlib.redirect_stdout(io.StringIO()):
+                engine.export(candidate, checkpoint, ExportContext(output=path, ledger=shared_ledger))
+        exported = ExportedModel(
+            candidate_id=candidate.id, path=path, digest="", route="", size_bytes=0, build_s=0
+        )
+        return Served(checkpoint.model_type, candidate, exported)
+
+    return export
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +147,9 @@ FOR_EVERY_FAMILY = pytest.mark.parametrize("served", EVERY_PAIR, indirect=True, 
 
 
 @pytest.fixture(scope="module", params=EVERY_PAIR[: len(FAMILIES) * len(OTHERS)], ids=name_of)
-def served(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint], home: Path) -> Served:
+def served(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint], serve: Serve) -> Served:
     family, candidate = request.param
-    return serve(candidate, checkpoints[family], home)
+    return serve(candidate, checkpoints[family])
 
 
 @pytest.fixture(scope="module")
@@ -530,10 +539,10 @@ def overflowing_glm(tiny_glm: Path, home: Path) -> Checkpoint:
 
 @pytest.mark.parametrize("candidate", OTHERS, ids=lambda candidate: candidate.id)
 def test_what_is_not_finite_is_not_hidden(
-    candidate: Candidate, overflowing_glm: Checkpoint, home: Path
+    candidate: Candidate, overflowing_glm: Checkpoint, serve: Serve
 ) -> None:
     """No engine clips or skips its way to plausible numbers: both paths give what the guard finds."""
-    with serve(candidate, overflowing_glm, home / "overflowing").opened() as session:
+    with serve(candidate, overflowing_glm).opened() as session:
         for logits in (session.prefill(TOKENS[:, :PROMPT]), session.decode(TOKENS[:, PROMPT])):
             with pytest.raises(NonFiniteError, match="NaN or infinite"):
                 require_finite(logits)
@@ -630,13 +639,10 @@ REWRITTEN = [
 
 @pytest.mark.parametrize("candidate", REWRITTEN, ids=lambda candidate: candidate.id)
 def test_what_changes_the_files_can_be_exported(
-    candidate: Candidate,
-    checkpoints: dict[str, Checkpoint],
-    home: Path,
-    truth: Truth,
+    candidate: Candidate, checkpoints: dict[str, Checkpoint], serve: Serve, truth: Truth
 ) -> None:
     """Every value of a knob that the recipe knows gives a model that answers like torch."""
-    with serve(candidate, checkpoints["glm"], home).opened() as session:
+    with serve(candidate, checkpoints["glm"]).opened() as session:
         found = session.full_logits(TOKENS)
     assert correlation(found, truth("glm")) > LEAST_CORRELATION[candidate.precision]
 
@@ -648,17 +654,16 @@ def test_what_changes_the_files_can_be_exported(
 def test_compiling_changes_no_answer(
     candidate: Candidate,
     checkpoints: dict[str, Checkpoint],
+    serve: Serve,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefill, decode and a second prompt equal the same model uncompiled; one shape each, as compiling
     takes seconds per shape."""
     monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(home / "inductor"))
-    compiled = serve(candidate, checkpoints["glm"], home)
+    compiled = serve(candidate, checkpoints["glm"])
     eager = serve(
-        candidate.model_copy(update={"knobs": {**candidate.knobs, "compile": False}}),
-        checkpoints["glm"],
-        home,
+        candidate.model_copy(update={"knobs": {**candidate.knobs, "compile": False}}), checkpoints["glm"]
     )
     with compiled.opened(batch_size=1) as quick, eager.opened(batch_size=1) as slow:
         for tokens in (TOKENS[:1, :36], OTHER[:1, :36]):

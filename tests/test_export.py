@@ -67,13 +67,10 @@ def know(ledger: Ledger) -> Known:
     return enter
 
 
-def export(checkpoint: Checkpoint, recipe: OnnxRecipe, tmp_path: Path) -> tuple[str, Path]:
-    """The route taken and the files, made in this process; the exporters' chatter is dropped."""
-    output = tmp_path / "export"
-    output.mkdir()
+def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path, ledger: Path) -> str:
+    """The route taken, in this process; the exporters' chatter is dropped."""
     with contextlib.redirect_stdout(io.StringIO()):
-        route = export_onnx(checkpoint, recipe, ExportContext(output=output, ledger=tmp_path / "ledger.json"))
-    return route, output
+        return export_onnx(checkpoint, recipe, ExportContext(output=output, ledger=ledger))
 
 
 def external_data_names(path: Path) -> set[str]:
@@ -100,6 +97,7 @@ def torch_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> NDArray[n
 # ── routes ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("model_type", "route"),
     [("glm", GENAI), ("llama", GENAI), ("qwen2", GENAI), ("qwen3", GENAI), ("glm4", TRANSFORMERS)],
@@ -108,17 +106,14 @@ def test_each_family_is_exported_by_its_route_and_equals_torch(
     model_type: str,
     route: str,
     family: Callable[[str], Checkpoint],
-    know: Known,
+    shared_ledger: Path,
     tmp_path: Path,
 ) -> None:
     """Both graphs agree with torch: the whole sequence at once, a prompt, and tokens one by one."""
     checkpoint = family(model_type)
-    if route == TRANSFORMERS:
-        know(checkpoint, route, "works")  # its preflight is one more trace of 10 s
-    taken, output = export(checkpoint, FP32, tmp_path)
-    assert taken == route
+    assert export(checkpoint, FP32, tmp_path, shared_ledger) == route
     expected = torch_logits(checkpoint, TOKENS)
-    session = open_session(output, SessionOptions(batch_size=2, max_tokens=24, threads=1))
+    session = open_session(tmp_path, SessionOptions(batch_size=2, max_tokens=24, threads=1))
     np.testing.assert_allclose(session.full_logits(TOKENS), expected, atol=1e-3)
     np.testing.assert_allclose(session.prefill(TOKENS[:, :20]), expected[:, 19], atol=1e-3)
     for position in range(20, 24):
@@ -127,17 +122,17 @@ def test_each_family_is_exported_by_its_route_and_equals_torch(
 
 
 def test_an_export_is_one_graph_that_gives_the_logits_asked_for(
-    family: Callable[[str], Checkpoint], tmp_path: Path
+    family: Callable[[str], Checkpoint], shared_ledger: Path, tmp_path: Path
 ) -> None:
     """Serving computes the head for one row, quality for all, drafts for the last few."""
     import onnxruntime as ort
 
-    _, output = export(family("glm"), FP32, tmp_path)
-    assert {file.name for file in output.iterdir()} == {GRAPH, f"{GRAPH}.data", "decoder.json"}
-    assert external_data_names(output / GRAPH) == {f"{GRAPH}.data"}
+    export(family("glm"), FP32, tmp_path, shared_ledger)
+    assert {file.name for file in tmp_path.iterdir()} == {GRAPH, f"{GRAPH}.data", "decoder.json"}
+    assert external_data_names(tmp_path / GRAPH) == {f"{GRAPH}.data"}
 
-    session = ort.InferenceSession(output / GRAPH)
-    facts = DecoderFacts.read(output)
+    session = ort.InferenceSession(tmp_path / GRAPH)
+    facts = DecoderFacts.read(tmp_path)
     empty = np.zeros((2, facts.kv_heads, 0, facts.head_dim), dtype=np.float32)
     known = {
         "input_ids": TOKENS,

@@ -46,11 +46,20 @@ TOKENS: NDArray[np.int64] = np.random.default_rng(0).integers(4, VOCAB_SIZE, (2,
 INT8 = OnnxRecipe(scheme="int8", weight_bits=8, block_size=16, accuracy_level=4, fixed_scales=True)
 
 
-def export(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path) -> Path:
-    output.mkdir(parents=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        export_onnx(checkpoint, recipe, ExportContext(output=output, ledger=output.parent / "ledger.json"))
-    return output
+Export = Callable[[Checkpoint, OnnxRecipe, Path], Path]
+
+
+@pytest.fixture(scope="module")
+def export(shared_ledger: Path) -> Export:
+    """Write an export into a new directory and return that."""
+
+    def write(checkpoint: Checkpoint, recipe: OnnxRecipe, output: Path) -> Path:
+        output.mkdir(parents=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            export_onnx(checkpoint, recipe, ExportContext(output=output, ledger=shared_ledger))
+        return output
+
+    return write
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def glm(tiny_glm: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def exact(glm: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact(glm: Checkpoint, export: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fp32 export of the tiny GLM."""
     return export(glm, EXACT, tmp_path_factory.mktemp("exact") / "export")
 
@@ -80,8 +89,9 @@ def logits(directory: Path) -> Numbers:
 # ── which layers ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("model_type", ["glm", "llama", "qwen3", "glm4"])
-def test_layers_are_known_by_what_they_compute(model_type: str, tmp_path: Path) -> None:
+def test_layers_are_known_by_what_they_compute(model_type: str, export: Export, tmp_path: Path) -> None:
     """Two layers by either exporter: names and fusions differ, the roles do not. Some projections are packed:
     one matrix or three for query, key and value, one or two for gate and up.
 
@@ -335,7 +345,9 @@ def test_as_few_are_spared_as_the_budget_asks_for() -> None:
 # ── the export ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Path, tmp_path: Path) -> None:
+def test_the_export_is_closer_than_one_scale_per_call(
+    glm: Checkpoint, exact: Path, export: Export, tmp_path: Path
+) -> None:
     """On the same weights and tokens, against fp32; and the recipe decides which operators there are."""
     expected = logits(exact)
     error = {
@@ -360,7 +372,7 @@ def test_the_export_is_closer_than_one_scale_per_call(glm: Checkpoint, exact: Pa
     assert operators("token")["ReduceMax"] == 8
 
 
-def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> None:
+def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(export: Export, tmp_path: Path) -> None:
     """The builder looks it up in the transposed head, which would be transposed again at every start."""
     checkpoint = load_checkpoint(
         str(build_checkpoint(tmp_path / "it", "glm", seed=5, tie_word_embeddings=True))
@@ -384,7 +396,12 @@ def test_a_tied_embedding_is_looked_up_in_rows_of_its_own(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("budget", "spared"), [(0.0, 2), (1.0, 0)])
 def test_the_recipe_spares_what_exceeds_the_budget(
-    budget: float, spared: int, glm: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    budget: float,
+    spared: int,
+    glm: Checkpoint,
+    export: Export,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing may be lost, or anything: all down-projections keep 8-bit weights beside the head, or none."""
     monkeypatch.setattr(int8, "BUDGET", budget)

@@ -3,6 +3,7 @@ they write, and that those compute the right thing where the CPU has the kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,12 +139,21 @@ def test_session_knobs_share_the_files() -> None:
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def exported(engine: str, candidate: Candidate, checkpoint: Path, home: Path) -> Path:
-    output = home / candidate.id
-    output.mkdir()
-    context = ExportContext(output=output, ledger=home.parent / "ledger.json")
-    engines.get(engine).export(candidate, load_checkpoint(str(checkpoint)), context)
-    return output
+Export = Callable[[str, Candidate, Path, Path], Path]
+
+
+@pytest.fixture(scope="module")
+def exported(shared_ledger: Path) -> Export:
+    """The files of an engine's candidate for a checkpoint, below a directory."""
+
+    def export(engine: str, candidate: Candidate, checkpoint: Path, home: Path) -> Path:
+        output = home / candidate.id
+        output.mkdir()
+        context = ExportContext(output=output, ledger=shared_ledger)
+        engines.get(engine).export(candidate, load_checkpoint(str(checkpoint)), context)
+        return output
+
+    return export
 
 
 def truth(checkpoint: Path) -> Any:
@@ -169,6 +179,7 @@ def test_a_graph_for_cuda_computes_the_model(
     start: str,
     knobs: dict[str, Any],
     least: float,
+    exported: Export,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
@@ -179,7 +190,7 @@ def test_a_graph_for_cuda_computes_the_model(
     assert_computes(session, truth(checkpoint), least)
 
 
-def test_a_standard_graph_runs_in_the_same_session(tiny_glm: Path, tmp_path: Path) -> None:
+def test_a_standard_graph_runs_in_the_same_session(tiny_glm: Path, exported: Export, tmp_path: Path) -> None:
     """The cache's places made a constant, past and present in one memory, fp16 with fp32 logits."""
     candidate = proposed(TENSORRT)["onnxruntime-tensorrt-fp16"]
     output = exported(TENSORRT, candidate, tiny_glm, tmp_path)
@@ -206,7 +217,7 @@ def assert_computes(session: OnnxRuntimeSession, expected: Any, least: float) ->
 
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_weights_and_cache_are_as_wide_as_the_arithmetic(
-    compute: Literal["fp16", "bf16"], tiny_glm: Path, tmp_path: Path
+    compute: Literal["fp16", "bf16"], tiny_glm: Path, exported: Export, tmp_path: Path
 ) -> None:
     """16 bits each, and logits in fp32, for both types; bf16 has no kernels on the CPU to run it by."""
     output = exported(CUDA, proposed(CUDA)[f"onnxruntime-cuda-{compute}"], tiny_glm, tmp_path)
@@ -226,7 +237,9 @@ def test_weights_and_cache_are_as_wide_as_the_arithmetic(
 
 
 @pytest.mark.parametrize(("tuned_for", "length"), [("token", 1), ("prompt", LENGTH)])
-def test_one_profile_covers_every_call(tuned_for: str, length: int, tiny_glm: Path, tmp_path: Path) -> None:
+def test_one_profile_covers_every_call(
+    tuned_for: str, length: int, tiny_glm: Path, exported: Export, tmp_path: Path
+) -> None:
     """From one token of one row to a full cache of all rows, in the words of the provider's options."""
     candidate = proposed(TENSORRT)["onnxruntime-tensorrt-fp16"]
     output = exported(TENSORRT, candidate, tiny_glm, tmp_path)

@@ -1,12 +1,12 @@
-"""From evidence to an answer: who meets the limits, who wins, how near the others came."""
+"""From evidence to an answer: who wins, against whom, and how near the others came."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-from demo_trials import demo_races, demo_round, demo_workload, with_incumbent
+from demo_trials import demo_races, with_incumbent
+from finalists import noise_of, screened_only, spec, trial
 from hypothesis import given
 from hypothesis import strategies as st
 from studies import (
@@ -14,164 +14,15 @@ from studies import (
     CHAMPION,
     FINALISTS,
     RIVAL,
-    SHAPES,
     crashed_trial,
     demo_trials,
-    measured_trial,
     vetoed_trials,
 )
 
-from open_autoglm.limits import excess, misses, unclear
-from open_autoglm.measure.comparison import compare, noise_floor
-from open_autoglm.measure.racing import TWIN_SUFFIX
-from open_autoglm.measure.scenarios import metrics_of
-from open_autoglm.measure.statistics import P95_SAMPLES, summarise
-from open_autoglm.objectives import GOALS, Goal, change_words, duel, final_of, goal_of
-from open_autoglm.schemas import Fall, Miss, NoiseFloor, OptimizeSpec, Place, Round, Trial
+from open_autoglm.objectives import final_of
+from open_autoglm.schemas import Fall, Miss
 from open_autoglm.selection import choose, pareto_front
 from open_autoglm.units import ByteSize, Duration
-
-
-def spec(**limits: Any) -> OptimizeSpec:
-    return OptimizeSpec(model_path="here", **{"min_quality": 0.9, **limits})
-
-
-def trial(
-    name: str,
-    *,
-    ttft_ms: float = 100,
-    tpot_ms: float = 10,
-    rss: float = 2**30,
-    kept: tuple[float, float] = (1, 1),
-    rounds: int = 10,
-    slowest_ttft_ms: float | None = None,
-    own_noise: float = 0.0,
-    baseline: bool = False,
-    incumbent: bool = False,
-) -> Trial:
-    """A finalist: rounds within 1 % of the medians, the host's part the same for all candidates.
-
-    One prefill in ten may be slow; ``own_noise`` is by how much only this one is now slower, now quicker.
-    """
-    measured = measured_trial(SHAPES[0]._replace(id=name, kept=kept))
-    assert measured.measurements is not None
-    assert measured.screening is not None
-    around = np.linspace(0.99, 1.01, rounds) * np.exp(own_noise * np.resize([1, -1], rounds))
-    ttft = around * ttft_ms
-    if slowest_ttft_ms is not None:
-        ttft[::10] = slowest_ttft_ms
-    pairs = zip(ttft.tolist(), (around * tpot_ms).tolist(), strict=True)
-    taken = tuple(demo_round(index, *times) for index, times in enumerate(pairs))
-    metrics = {**metrics_of(demo_workload(), taken), "peak_rss_bytes": summarise([rss], "bytes")}
-    footprint = measured.screening.footprint.model_copy(update={"peak_rss_bytes": int(rss)})
-    marks = {"reference": False, "baseline": baseline, "incumbent": incumbent}
-    return measured.model_copy(
-        update={
-            "metrics": metrics,
-            "measurements": measured.measurements.model_copy(update={"metrics": metrics, "rounds": taken}),
-            "screening": measured.screening.model_copy(update={"footprint": footprint}),
-            "candidate": measured.candidate.model_copy(update=marks),
-        }
-    )
-
-
-def screened_only(name: str, *, e2e_ms: float = 700, **figures: Any) -> Trial:
-    """One that left after the screening, with what was found out until then."""
-    timed = trial(name, **figures)
-    assert timed.screening is not None
-    left = {"status": "stopped", "fall": Fall(stage="screening", reason="too slow"), "finalist": False}
-    screening = timed.screening.model_copy(update={"estimated_e2e_ms": e2e_ms})
-    rough = {"screening": screening, "metrics": {}, "measurements": None, "reason": "screening: too slow"}
-    return timed.model_copy(update=left | rough)
-
-
-def noise_of(floor: float) -> NoiseFloor:
-    """An A/A run that found this host to differ from itself by so much."""
-    exact = compare("a" + TWIN_SUFFIX, "a", "e2e_ms", [100.0, 101.0, 102.0], [100.0, 101.0, 102.0])
-    return noise_floor(exact).model_copy(update={"floor": floor})
-
-
-def limits_missed(of: Trial, request: OptimizeSpec) -> list[str]:
-    return [miss.limit for miss in misses(of, request)]
-
-
-# ── limits ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("limits", "missed"),
-    [
-        ({}, []),
-        ({"max_latency": Duration("100ms")}, []),
-        ({"max_latency": Duration("99ms")}, ["max_latency"]),
-        ({"max_tpot": Duration("10ms")}, []),
-        ({"max_tpot": Duration("9.9ms")}, ["max_tpot"]),
-        ({"max_memory": ByteSize("1GiB")}, []),
-        ({"max_memory": ByteSize("1GB")}, ["max_memory"]),
-        ({"min_quality": 0.95}, []),
-        ({"min_quality": 0.96}, ["min_quality"]),
-        ({"max_latency": Duration("1us"), "max_memory": ByteSize("1B")}, ["max_latency", "max_memory"]),
-    ],
-)
-def test_a_limit_is_met_up_to_its_very_value(limits: dict[str, Any], missed: list[str]) -> None:
-    """Every limit is judged by itself, and equality meets it."""
-    assert limits_missed(trial("a", kept=(0.97, 0.95)), spec(**limits)) == missed
-
-
-def test_quality_is_judged_on_the_worse_path() -> None:
-    """A perfect decode does not excuse a bad prefill, and the miss says which path it was."""
-    (miss,) = misses(trial("a", kept=(0.62, 1.0)), spec())
-    assert (miss.measured, miss.decided_by) == (0.62, "prefill path")
-    (miss,) = misses(trial("a", kept=(1.0, 0.62)), spec())
-    assert (miss.measured, miss.decided_by) == (0.62, "decode path")
-
-
-def test_with_few_samples_the_median_decides_and_says_so() -> None:
-    """Ten samples cannot tell a p95, so one slow round in ten does not fail the limit."""
-    few = trial("a", slowest_ttft_ms=500)
-    assert few.metrics["ttft_ms"].p95 > 150
-    assert limits_missed(few, spec(max_latency=Duration("150ms"))) == []
-    (miss,) = misses(few, spec(max_latency=Duration("50ms")))
-    assert miss.decided_by == "median TTFT; 10 samples are too few for p95 to decide"
-
-
-def test_with_enough_samples_p95_decides() -> None:
-    """The same spread in 90 samples is evidence, and the limit is one on the p95."""
-    many = trial("a", slowest_ttft_ms=500, rounds=P95_SAMPLES)
-    (miss,) = misses(many, spec(max_latency=Duration("150ms")))
-    assert miss.measured == many.metrics["ttft_ms"].p95 == 500
-    assert miss.decided_by == "p95 TTFT of 90 samples"
-
-
-def test_a_miss_reads_as_a_sentence() -> None:
-    """What was measured, what was allowed, and by which figure."""
-    (miss,) = misses(trial("a"), spec(max_latency=Duration("50ms")))
-    assert miss.sentence().startswith("max_latency: 100 ")
-    assert "median TTFT; 10 samples" in miss.sentence()
-
-
-def test_flips_are_judged_on_the_worse_path_and_say_where_they_begin() -> None:
-    """However much quality is kept and however fast it is: another likeliest token is another answer."""
-    one = trial("a")
-    assert one.quality is not None
-    first = Place(text="fiction", window=0, position=131)
-    decode = one.quality.decode.model_copy(update={"top1_agreement": 0.875, "first_flip": first})
-    flipping = one.model_copy(update={"quality": one.quality.model_copy(update={"decode": decode})})
-    (miss,) = misses(flipping, spec())
-    told = "(decode path, 768 tokens, first at position 131 of window 0 of fiction)"
-    assert miss.sentence() == f"max_token_flips: 0.125 > 0.100 {told}"
-    assert misses(flipping, spec(max_token_flips=0.125)) == ()
-
-
-def test_how_far_a_limit_was_missed_is_a_share_of_the_limit() -> None:
-    """So that milliseconds, bytes and quality can be compared."""
-
-    def miss(limit: str, allowed: float, measured: float) -> Miss:
-        return Miss(limit=limit, allowed=allowed, measured=measured, unit="", decided_by="")
-
-    assert excess(miss("max_latency", 100, 150)) == pytest.approx(0.5)
-    assert excess(miss("min_quality", 0.99, 0.495)) == pytest.approx(0.5)
-
 
 # ── the champion ─────────────────────────────────────────────────────────────────────────────────
 
@@ -290,97 +141,6 @@ def test_every_other_finalist_is_compared_with_the_champion() -> None:
     assert {c.candidate: c.change < 0 for c in choice.comparisons} == {"slow": False, "lossy": True}
 
 
-# ── by which figure ──────────────────────────────────────────────────────────────────────────────
-
-
-def test_an_offline_throughput_counts_prefill_too() -> None:
-    """Tokens per second of whole batches, where `throughput` elsewhere is that of decoding."""
-    assert goal_of(spec(objective="throughput")).metric == "tokens_per_s"
-    assert goal_of(spec(objective="throughput", scenario="offline")).metric == "throughput_tokens_per_s"
-    assert goal_of(spec(objective="latency", scenario="offline")) == GOALS["latency"]
-
-
-@pytest.mark.parametrize(("rounds", "champion"), [(10, "spiky"), (P95_SAMPLES, "even")])
-def test_a_p95_decides_if_enough_samples_stand_behind_it(rounds: int, champion: str) -> None:
-    """With ten samples the median decides, and the slow tenth is not seen; with ninety it loses."""
-    field = [
-        trial("spiky", ttft_ms=90, slowest_ttft_ms=500, rounds=rounds),
-        trial("even", ttft_ms=100, rounds=rounds),
-    ]
-    choice = choose(field, spec(objective="ttft_p95"))
-    assert choice.champion == champion
-    decided = "p95" if rounds == P95_SAMPLES else "median"
-    assert f": {decided} " in choice.verdict.reasons[0]
-
-
-def test_a_p95_is_compared_by_its_own_pairs() -> None:
-    """With enough samples the change is that of the p95, not of the median."""
-    spiky = trial("spiky", ttft_ms=100, slowest_ttft_ms=500, rounds=P95_SAMPLES)
-    even = trial("even", ttft_ms=100, rounds=P95_SAMPLES)
-    compared = duel(spiky, even, GOALS["ttft_p95"])
-    assert compared is not None
-    assert compared.change > 3
-    few = duel(
-        *(t.model_copy(update={"metrics": trial("a").metrics}) for t in (spiky, even)), GOALS["ttft_p95"]
-    )
-    assert few is not None
-    assert abs(few.change) < 0.01
-
-
-def test_memory_is_decided_by_memory_alone() -> None:
-    """Rounds tell nothing about it, so nobody is compared in pairs."""
-    choice = choose([trial("quick", tpot_ms=1), trial("small", rss=2**20)], spec(objective="memory"))
-    assert (choice.champion, choice.comparisons) == ("small", ())
-    assert "the champion's is 1.05 MB" in choice.trials[1].reason or "MiB" in choice.trials[1].reason
-
-
-# ── duels ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def repeated(of: Trial, index: int) -> Trial:
-    """The trial with one round disturbed and run again."""
-    assert of.measurements is not None
-    rounds: list[Round] = list(of.measurements.rounds)
-    rounds.insert(index, demo_round(index, 9000, 900, foreign_cores=1, repeated=True))
-    return of.model_copy(
-        update={"measurements": of.measurements.model_copy(update={"rounds": tuple(rounds)})}
-    )
-
-
-def test_the_rounds_of_one_heat_are_a_pair() -> None:
-    """What slowed both of a pair cancels; a round that was run again is no part of one."""
-    ours, theirs = trial("a", tpot_ms=9, ttft_ms=90), repeated(trial("b"), 3)
-    compared = duel(ours, theirs, GOALS["latency"])
-    assert compared is not None
-    assert (compared.candidate, compared.against, compared.metric) == ("a", "b", "e2e_ms")
-    assert (compared.pairs, compared.confidence) == (10, 0.95)
-    assert compared.change == pytest.approx(-0.1)
-    assert compared.interval == pytest.approx((-0.1, -0.1))
-
-
-def test_a_duel_is_worded_with_its_interval() -> None:
-    """By how much, in which figure, how sure, and over how many pairs."""
-    compared = duel(trial("a", tpot_ms=9, ttft_ms=90), trial("b"), GOALS["latency"], confidence=0.975)
-    assert compared is not None
-    assert change_words(compared) == "E2E 10.0% less (97.5 % interval -10.0% to -10.0%, 10 paired rounds)"
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "goal"),
-    [
-        (trial("a"), trial("b", rounds=9), GOALS["latency"]),
-        (trial("a", rounds=2), trial("b", rounds=2), GOALS["latency"]),
-        (trial("a"), screened_only("b"), GOALS["latency"]),
-        (trial("a"), trial("b"), GOALS["memory"]),
-    ],
-    ids=["unequal", "few", "not-timed", "memory"],
-)
-def test_what_cannot_be_paired_is_not_compared(ours: Trial, theirs: Trial, goal: Goal) -> None:
-    """Rather no comparison than a wrong one."""
-    assert duel(ours, theirs, goal) is None
-    assert duel(theirs, ours, goal) is None
-
-
 # ── the incumbent ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -469,47 +229,6 @@ def test_the_demo_study_keeps_an_incumbent_that_is_as_good() -> None:
     """Two block sizes of the same weights: no improvement anyone would notice."""
     choice = choose(with_incumbent(demo_trials(), RIVAL), spec(min_quality=0.99))
     assert (choice.verdict.kind, choice.champion) == ("tie", RIVAL)
-
-
-# ── evidence for a limit ─────────────────────────────────────────────────────────────────────────
-
-
-def test_a_limit_inside_the_interval_is_met_by_nobody_for_sure() -> None:
-    """The median meets it, the interval does not: the verdict asks for more rounds."""
-    near = trial("near", ttft_ms=100)
-    limit = Duration("100.5ms")
-    assert near.metrics["ttft_ms"].interval[1] > 100.5
-    assert limits_missed(near, spec(max_latency=limit)) == []
-    assert "holds the limit 100.5ms" in (unclear(near, spec(max_latency=limit)) or "")
-    choice = choose([near], spec(max_latency=limit))
-    assert (choice.verdict.kind, choice.champion, choice.verdict.nearest) == (
-        "insufficient_evidence",
-        None,
-        "near",
-    )
-    assert "near is best of those that meet every limit, but" in choice.verdict.reasons[0]
-
-
-def test_who_meets_the_limit_beyond_doubt_wins_over_a_quicker_one_that_may_not() -> None:
-    """A champion has to keep its promise tomorrow."""
-    doubtful, sure = trial("doubtful", ttft_ms=100, tpot_ms=5), trial("sure", ttft_ms=80, tpot_ms=10)
-    choice = choose([doubtful, sure], spec(max_latency=Duration("100.5ms")))
-    assert (choice.verdict.kind, choice.champion) == ("champion", "sure")
-
-
-def test_a_p95_that_may_decide_is_its_own_evidence() -> None:
-    """The binomial count behind it is the confidence, so no interval of the median is asked."""
-    many = trial("many", ttft_ms=100, rounds=P95_SAMPLES)
-    limit = spec(max_latency=Duration("101ms"))
-    assert limits_missed(many, limit) == []
-    assert unclear(many, limit) is None
-
-
-@pytest.mark.parametrize(("limit", "doubt"), [("10.05ms", True), ("10.2ms", False)])
-def test_a_limit_on_tpot_is_one_on_its_median(limit: str, doubt: bool) -> None:
-    """Met beyond doubt if the whole interval is below it."""
-    asked = spec(max_tpot=Duration(limit))
-    assert (unclear(trial("a"), asked) is not None) == doubt
 
 
 # ── nothing feasible ─────────────────────────────────────────────────────────────────────────────

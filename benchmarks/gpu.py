@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -133,9 +134,8 @@ def run_plan(plan: Plan, folder: Path, budget: _Budget, keep: Keep) -> list[Row]
 def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator[Row]:
     checkpoint = _checkpoint(plan.device, name, folder, budget)
     if isinstance(checkpoint, Failure):
-        for batch_size in plan.batches:
-            for candidate in plan.wanted:
-                yield _stopped(name, batch_size, candidate, checkpoint)
+        planned = product(plan.batches, plan.wanted)
+        yield from (_stopped(name, batch_size, wanted, checkpoint) for batch_size, wanted in planned)
         return
     hardware = _hardware()
     course = Course(
@@ -155,8 +155,7 @@ def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator
         else:
             files.append((candidate, exported))
     for index, batch_size in enumerate(plan.batches):
-        for candidate, failure in refused:
-            yield _stopped(name, batch_size, candidate.id, failure, candidate.engine)
+        yield from (_stopped(name, batch_size, c.id, failure, c.engine) for c, failure in refused)
         workload = draw_workload(name, batch_size, plan.heats, folder / f"prompts-{batch_size}.npz")
         yield from _run_batch(course, files, workload, budget.share(len(plan.batches) - index))
 

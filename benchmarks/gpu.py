@@ -14,27 +14,40 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from benchmarks.checkout import declare_engines
 from benchmarks.gpu_contest import (
+    ENVIRONMENT,
     Course,
+    Files,
     OutOfTime,
     Row,
     export,
     run_waves,
     usable_threads,
 )
-from benchmarks.gpu_models import SHAPES, draw_workload, write_checkpoint
+from benchmarks.gpu_models import SHAPES, CheckpointJob, draw_workload
 from open_autoglm import engines
 from open_autoglm.analysis import profile_model
 from open_autoglm.files import write_atomic
 from open_autoglm.hardware import find_gpus, read_cpu, read_memory
-from open_autoglm.measure.isolation import Failure
-from open_autoglm.schemas import Analysis, Candidate, Checkpoint, Device, Hardware, Model, OptimizeSpec
+from open_autoglm.measure.isolation import Failure, run_isolated
+from open_autoglm.schemas import (
+    Analysis,
+    Candidate,
+    Checkpoint,
+    Device,
+    ExportedModel,
+    Hardware,
+    Model,
+    OptimizeSpec,
+    Workload,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 540.0
@@ -80,8 +93,12 @@ class _Budget:
     def __call__(self) -> float:
         left = self._end - time.monotonic()
         if left <= 0:
-            raise OutOfTime(f"the time of {self._seconds:.0f} s was used up")
+            raise OutOfTime(f"its share of the time, {self._seconds:.0f} s, was used up")
         return left
+
+    def share(self, parts: int) -> _Budget:
+        """One of so many equal parts of what is left: who comes first cannot take it all."""
+        return _Budget(max(self._end - time.monotonic(), 0) / parts)
 
 
 class Plan(NamedTuple):
@@ -97,22 +114,29 @@ class Plan(NamedTuple):
 # ── one model ────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_plan(plan: Plan, folder: Path, budget: _Budget) -> list[Row]:
-    """A row for every model, batch and candidate, whatever becomes of it."""
+Keep = Callable[[Sequence[Row]], None]
+
+
+def run_plan(plan: Plan, folder: Path, budget: _Budget, keep: Keep) -> list[Row]:
+    """A row for every model, batch and candidate, whatever becomes of it.
+
+    ``keep`` gets all rows so far whenever there are more: the host may end the benchmark at any time.
+    """
     rows: list[Row] = []
-    for name in plan.models:
-        try:
-            for row in _run_model(plan, name, folder / name, budget):
-                rows.append(row)  # as they come, so that those before a timeout are kept
-        except OutOfTime as out:
-            rows.extend(_not_reached(plan, name, rows, str(out)))
+    for index, name in enumerate(plan.models):
+        for row in _run_model(plan, name, folder / name, budget.share(len(plan.models) - index)):
+            rows.append(row)
+            keep(rows)
         shutil.rmtree(folder / name, ignore_errors=True)  # a large model's files would not fit beside others
     return rows
 
 
 def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator[Row]:
-    budget()
-    checkpoint = write_checkpoint(name, folder, "cuda" if plan.device == "gpu" else "cpu")
+    checkpoint = _checkpoint(plan.device, name, folder, budget)
+    if isinstance(checkpoint, Failure):
+        planned = product(plan.batches, plan.wanted)
+        yield from (_stopped(name, batch_size, wanted, checkpoint) for batch_size, wanted in planned)
+        return
     hardware = _hardware()
     course = Course(
         checkpoint=checkpoint,
@@ -121,21 +145,52 @@ def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator
         gpu_bytes=max((gpu.memory_bytes for gpu in hardware.gpus), default=0),
         heats=plan.heats,
     )
-    files, refused = [], []
+    files: list[tuple[Candidate, ExportedModel]] = []
+    refused: list[tuple[Candidate, Failure]] = []
+    exporting = budget.share(2)  # the rest is for those that need no export, if need be
     for candidate in _candidates(plan, checkpoint, hardware):
-        refusal = _refusal(candidate, plan.device)
-        exported = refusal or export(course, candidate, budget)
+        exported = _refusal(candidate, plan.device) or _export(course, candidate, exporting)
         if isinstance(exported, Failure):
             refused.append((candidate, exported))
         else:
             files.append((candidate, exported))
-    for batch_size in plan.batches:
-        for candidate, failure in refused:
-            yield _row(name, batch_size, candidate.id, candidate.engine).stopped(
-                failure.status, failure.reason
-            )
+    for index, batch_size in enumerate(plan.batches):
+        yield from (_stopped(name, batch_size, c.id, failure, c.engine) for c, failure in refused)
         workload = draw_workload(name, batch_size, plan.heats, folder / f"prompts-{batch_size}.npz")
-        yield from run_waves(course, files, workload, budget)
+        yield from _run_batch(course, files, workload, budget.share(len(plan.batches) - index))
+
+
+def _checkpoint(device: Device, name: str, folder: Path, budget: _Budget) -> Checkpoint | Failure:
+    """Written in a child: this process would keep a part of the GPU's memory for as long as it lives."""
+    job = CheckpointJob(name=name, folder=folder, device="cuda" if device == "gpu" else "cpu")
+    job_name = "benchmarks.gpu_models:checkpoint_job"
+    log = folder.parent / f"{name}-checkpoint.log"
+    try:
+        return run_isolated(job_name, job, Checkpoint, log=log, timeout_s=budget(), environment=ENVIRONMENT)
+    except OutOfTime as out:
+        return Failure("timed_out", str(out))
+
+
+def _export(course: Course, candidate: Candidate, budget: _Budget) -> ExportedModel | Failure:
+    try:
+        return export(course, candidate, budget)
+    except OutOfTime as out:
+        return Failure("timed_out", str(out))
+
+
+def _run_batch(course: Course, files: Files, workload: Workload, budget: _Budget) -> Iterator[Row]:
+    done: set[str] = set()
+    try:
+        for row in run_waves(course, files, workload, budget):
+            done.add(row.candidate)
+            yield row
+    except OutOfTime as out:
+        late = Failure("timed_out", str(out))
+        for candidate, _ in files:
+            if candidate.id not in done:
+                yield _stopped(
+                    course.checkpoint.name, workload.batch_size, candidate.id, late, candidate.engine
+                )
 
 
 def _candidates(plan: Plan, checkpoint: Checkpoint, hardware: Hardware) -> list[Candidate]:
@@ -156,17 +211,9 @@ def _refusal(candidate: Candidate, device: Device) -> Failure | None:
     return Failure("vetoed", candidate.vetoed_because) if candidate.vetoed_because else None
 
 
-def _not_reached(plan: Plan, name: str, rows: Sequence[Row], reason: str) -> Iterator[Row]:
-    """Rows for what the time did not suffice for."""
-    there = {(row.model, row.batch_size, row.candidate) for row in rows}
-    for batch_size in plan.batches:
-        for candidate in plan.wanted:
-            if (name, batch_size, candidate) not in there:
-                yield _row(name, batch_size, candidate, "").stopped("time", reason)
-
-
-def _row(model: str, batch_size: int, candidate: str, engine: str) -> Row:
-    return Row(model=model, batch_size=batch_size, candidate=candidate, engine=engine, stage="planned")
+def _stopped(model: str, batch_size: int, candidate: str, failure: Failure, engine: str = "") -> Row:
+    row = Row(model=model, batch_size=batch_size, candidate=candidate, engine=engine, stage="planned")
+    return row.stopped(failure.status, failure.reason)
 
 
 def _hardware() -> Hardware:
@@ -244,37 +291,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
         heats=asked.heats,
         wanted=tuple(asked.candidates or WANTED[asked.device]),
     )
+    path = asked.json or RESULTS / f"gpu-{_file_name(_device(plan.device)[0])}.json"
     with tempfile.TemporaryDirectory(prefix="autoglm-gpu-", dir=asked.work) as folder:
         declare_engines(Path(folder) / "engines")
-        result = measure(plan, Path(folder), asked.budget_s)
-    path = asked.json or RESULTS / f"gpu-{_file_name(result.device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, result.model_dump_json(indent=1) + "\n")
+        result = measure(plan, Path(folder), asked.budget_s, path)
     sys.stdout.write(
         f"{result.device}, driver {result.driver}, {result.seconds:.0f} s\n\n{table(result.rows)}"
     )
     sys.stdout.write(f"\nraw rounds: {path}\n")
 
 
-def measure(plan: Plan, folder: Path, budget_s: float) -> Result:
-    """Run the plan in ``folder``. Exits with a sentence if there is no GPU where one is asked for."""
+def measure(plan: Plan, folder: Path, budget_s: float, path: Path) -> Result:
+    """Run the plan in ``folder``; ``path`` has what is known at any time, and a line on stderr tells of each
+    row. Exits with a sentence if there is no GPU where one is asked for."""
     from importlib.metadata import version
 
-    gpus, reason = find_gpus()
-    if plan.device == "gpu" and not gpus:
-        sys.exit(f"error: {reason}; try --tiny --device cpu")
+    device, driver = _device(plan.device)
     started = time.monotonic()
-    rows = run_plan(plan, folder, _Budget(budget_s))
-    return Result(
-        device=gpus[0].name if plan.device == "gpu" else f"CPU {read_cpu()[0]}",
-        driver=gpus[0].driver if gpus else "none",
-        host=platform.platform(),
-        python=platform.python_version(),
-        torch=version("torch"),
-        seconds=time.monotonic() - started,
-        heats=plan.heats,
-        rows=tuple(rows),
-    )
+
+    def kept(rows: Sequence[Row]) -> Result:
+        result = Result(
+            device=device,
+            driver=driver,
+            host=platform.platform(),
+            python=platform.python_version(),
+            torch=version("torch"),
+            seconds=time.monotonic() - started,
+            heats=plan.heats,
+            rows=tuple(rows),
+        )
+        write_atomic(path, result.model_dump_json(indent=1) + "\n")
+        return result
+
+    def keep(rows: Sequence[Row]) -> None:
+        seconds = kept(rows).seconds
+        sys.stderr.write(f"{seconds:.0f} s: {table(rows[-1:]).splitlines()[-1]}\n")
+        sys.stderr.flush()
+
+    return kept(run_plan(plan, folder, _Budget(budget_s), keep))
+
+
+def _device(device: Device) -> tuple[str, str]:
+    """Its name and its driver's version."""
+    gpus, reason = find_gpus()
+    if device == "gpu" and not gpus:
+        sys.exit(f"error: {reason}; try --tiny --device cpu")
+    return gpus[0].name if device == "gpu" else f"CPU {read_cpu()[0]}", gpus[0].driver if gpus else "none"
 
 
 def _file_name(device: str) -> str:

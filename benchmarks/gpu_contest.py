@@ -7,6 +7,7 @@ alike. Who does not fit beside them is timed in a later wave, and its row says s
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ WARMUPS = 2
 
 GPU_SHARE = 0.85
 """Of the GPU's memory that open contestants may hold together."""
+
+OPENING_SHARE = 0.5
+"""Of the time left that one contestant may take to load, and again to compile: those that are open already
+are timed even if another never gets ready."""
 
 
 class Row(Model):
@@ -79,7 +84,7 @@ class Course(Model):
 
 
 class OutOfTime(Exception):
-    """The time budget of the whole benchmark is used up."""
+    """The time set for this part of the benchmark is used up."""
 
 
 Clock = Callable[[], float]
@@ -100,8 +105,9 @@ def export(course: Course, candidate: Candidate, left_s: Clock) -> ExportedModel
     started = time.monotonic()
     log = course.folder / f"{candidate.id}-export.log"
     name = f"{__name__}:export_job"
-    done = run_isolated(name, job, ExportDone, log=log, timeout_s=left_s(), environment=_ENVIRONMENT)
+    done = run_isolated(name, job, ExportDone, log=log, timeout_s=left_s(), environment=ENVIRONMENT)
     if isinstance(done, Failure):
+        shutil.rmtree(output)  # what a failed export leaves behind can be as large as a whole one
         return done
     return _exported(candidate, output, done.route, time.monotonic() - started)
 
@@ -112,7 +118,7 @@ def _exported(candidate: Candidate, path: Path, route: str, build_s: float) -> E
     )
 
 
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 class Contestant:
@@ -137,7 +143,7 @@ class Contestant:
             export_s=exported.build_s,
         )
         log = course.folder / f"{candidate.id}-b{workload.batch_size}.log"
-        self._child = Child(log, environment=_ENVIRONMENT)
+        self._child = Child(log, environment=ENVIRONMENT)
 
     def open(self) -> None:
         """Load it, answer a first request, and warm up."""
@@ -150,8 +156,8 @@ class Contestant:
         job = jobs.OpenJob(
             candidate=self._candidate, exported=self._exported, options=options, workload=workload
         )
-        opened = self._ask("open_session", job, jobs.Opened, "open")
-        first = self._ask("first_request", jobs.Nothing(), jobs.FirstRequest, "first request")
+        opened = self._ask("open_session", job, jobs.Opened, "open", OPENING_SHARE)
+        first = self._ask("first_request", jobs.Nothing(), jobs.FirstRequest, "first request", OPENING_SHARE)
         if opened is None or first is None:
             return
         self._tell(
@@ -182,11 +188,13 @@ class Contestant:
     def close(self) -> None:
         self._child.close()
 
-    def _ask(self, name: str, payload: Model, kind: type[Answer], stage: str) -> Answer | None:
-        """The answer, or None where the row says why there is none."""
+    def _ask(
+        self, name: str, payload: Model, kind: type[Answer], stage: str, share: float = 1.0
+    ) -> Answer | None:
+        """The answer, or None where the row says why there is none; ``share`` of the time left is given."""
         if self.row.stage not in ("open", "ready", "timed"):
             return None
-        answer = self._child.ask(f"{jobs.PREFIX}:{name}", payload, kind, self._left_s())
+        answer = self._child.ask(f"{jobs.PREFIX}:{name}", payload, kind, share * self._left_s())
         if isinstance(answer, Failure):
             self._stop(stage, f"{answer.status}: {answer.reason}")
             return None
@@ -235,7 +243,7 @@ def _fits(course: Course, opened: Sequence[Contestant]) -> bool:
 def _cut_short(row: Row, reason: str, wave: int) -> Row:
     """A row with the rounds it has; one that has none says why."""
     able = row.stage in ("open", "ready")
-    return (row.stopped("time", reason) if able else row).model_copy(update={"wave": wave})
+    return (row.stopped("timed_out", reason) if able else row).model_copy(update={"wave": wave})
 
 
 def usable_threads() -> int:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from benchmarks.random_model import RandomModelJob, write_random_model
 from open_autoglm.files import sha256_file
-from open_autoglm.schemas import Checkpoint, Workload
+from open_autoglm.schemas import Checkpoint, Model, Workload
 
 _GLM: dict[str, Any] = {
     "architectures": ["GlmForCausalLM"],
@@ -65,6 +66,19 @@ SHAPES = {
     ),
 }  # fmt: skip
 """``glm-9b`` has the shapes of GLM-4-9B; ``glm-1.5b`` those of a GLM-Edge of that size."""
+
+
+class CheckpointJob(Model):
+    """Payload of :func:`checkpoint_job`."""
+
+    name: str
+    folder: Path
+    device: str = Field(description="draws the numbers")
+
+
+def checkpoint_job(job: CheckpointJob) -> Checkpoint:
+    """Runs in the child."""
+    return write_checkpoint(job.name, job.folder, job.device)
 
 
 def write_checkpoint(name: str, folder: Path, device: str) -> Checkpoint:

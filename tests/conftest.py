@@ -17,21 +17,34 @@ for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
 
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hypothesis
 import pytest
 from tiny_models import build_checkpoint
 
 from open_autoglm import engines
 from open_autoglm.schemas import Candidate, Checkpoint
-from open_autoglm.settings import HOME_NAME, Settings
 
-# The same examples in every run, however loaded the machine, and nothing left in the working tree.
-hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("suite")
+if TYPE_CHECKING:
+    from open_autoglm.settings import Settings
+
+if find_spec("hypothesis"):  # a GPU host may lack it
+    import hypothesis
+
+    # The same examples in every run, however loaded the machine, and nothing left in the working tree.
+    hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GPU_TESTS = "test_gpu.py"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``pytest -m gpu`` imports the tests for GPUs alone: a GPU host has not what the others need."""
+    alone = config.option.markexpr == "gpu" and collection_path.suffix == ".py"
+    return collection_path.name != GPU_TESTS if alone else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,12 +56,16 @@ def own_lease(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Settings whose home is this test's own."""
+    from open_autoglm.settings import Settings
+
     return Settings(home=tmp_path / "home")
 
 
 @pytest.fixture(scope="session")
 def shared_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of a home that tests share, so that an export or a reference is made once for all of them."""
+    from open_autoglm.settings import Settings
+
     return Settings(home=tmp_path_factory.mktemp("shared") / "home")
 
 
@@ -135,6 +152,7 @@ def prefect_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def demo_model() -> Path:
     """The real 135 M demo GLM, written once into ``.autoglm/cache/demo`` and kept between runs."""
     from open_autoglm.demo_model import write_demo_model
+    from open_autoglm.settings import HOME_NAME
 
     home = Path(os.environ.get("AUTOGLM_HOME", REPOSITORY / HOME_NAME))
     cache = home / "cache" / "demo"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from benchmarks import checkout, gpu
 from benchmarks.gpu import Plan, Result, run_plan, table
-from benchmarks.gpu_contest import Course, Row, _fits
+from benchmarks.gpu_contest import Course, OutOfTime, Row, _fits
 from open_autoglm.schemas import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,18 @@ def test_measuring_and_all_engines_need_no_more_than_a_gpu_host_has(bare: dict[s
     assert done.returncode == 0, done.stderr
 
 
+def test_the_gpu_tests_are_collected_there(bare: dict[str, str]) -> None:
+    """By marker or by name, and no other: what those need is not there. Plugins are not loaded, since pytest
+    finds the packages that they come in by ways of its own."""
+    bare["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    for asked in (["-m", "gpu"], ["tests/test_gpu.py", "-m", "gpu"]):
+        done = run("\n".join(["-m", "pytest", "--collect-only", "-q", *asked]), bare)
+        assert done.returncode == 0, done.stdout
+        tests = [line for line in done.stdout.splitlines() if "::" in line]
+        assert tests
+        assert {line.partition("::")[0] for line in tests} == {"tests/test_gpu.py"}
+
+
 def test_the_benchmark_runs_there_from_start_to_end(bare: dict[str, str], tmp_path: Path) -> None:
     """Two layers on the CPU: what runs has raw rounds, what cannot says how far it came and why."""
     path = tmp_path / "result.json"
@@ -120,10 +134,57 @@ def test_engines_are_found_in_a_checkout_that_nobody_installed(
 def test_what_time_does_not_suffice_for_is_a_row(tmp_path: Path) -> None:
     """Of every model, batch and candidate."""
     plan = Plan("cpu", ("tiny", "glm-9b"), (1, 8), 2, ("torch-fp32", "torch-bf16"))
-    rows = run_plan(plan, tmp_path, gpu._Budget(0))
-    assert len(rows) == 2 * 2 * 2
-    assert {(row.stage, row.reason) for row in rows} == {("time", "the time of 0 s was used up")}
-    assert table(rows).count("time: the time of 0 s was used up") == 8
+    kept: list[int] = []
+    rows = run_plan(plan, tmp_path, gpu._Budget(0), lambda rows: kept.append(len(rows)))
+    assert kept == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {(row.model, row.batch_size, row.candidate) for row in rows} == set(
+        itertools.product(plan.models, plan.batches, plan.wanted)
+    )
+    reason = "its share of the time, 0 s, was used up"
+    assert {(row.stage, row.reason) for row in rows} == {("timed_out", reason)}
+    assert table(rows).count(f"timed_out: {reason}") == 8
+
+
+def test_time_is_shared() -> None:
+    """The first of two gets half of what is left, and so does the first of two in it."""
+    budget = gpu._Budget(80)
+    half = budget.share(2)
+    assert half() == pytest.approx(40, abs=1)
+    assert half.share(2)() == pytest.approx(20, abs=1)
+    with pytest.raises(OutOfTime, match="its share of the time, 0 s, was used up"):
+        gpu._Budget(-1).share(1)()
+
+
+def test_rows_are_kept_before_the_end_is_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host that ends the benchmark leaves the rows so far in a file that can be read."""
+    first, second = (
+        Row(model="m", batch_size=1, candidate=name, engine="e", stage="vetoed", reason="why")
+        for name in ("first", "second")
+    )
+
+    def ended(*_: object) -> Iterator[Row]:
+        yield first
+        yield second
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "_run_model", ended)
+    path = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure(Plan("cpu", ("m",), (1,), 1, ()), tmp_path, 60, path)
+    assert Result.model_validate_json(path.read_bytes()).rows == (first, second)
+    assert "| m | 1 | second | vetoed: why |" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
+    """Of every candidate; the next model is tried."""
+    (tmp_path / "tiny").write_text("in the way")
+    rows = run_plan(
+        Plan("cpu", ("tiny",), (1,), 1, ("torch-fp32",)), tmp_path, gpu._Budget(60), lambda _: None
+    )
+    assert [(row.stage, row.candidate) for row in rows] == [("failed", "torch-fp32")]
+    assert "NotADirectoryError" in rows[0].reason
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

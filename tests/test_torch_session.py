@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE
 from open_autoglm import engines
 from open_autoglm.engines import torch_engine
 from open_autoglm.engines.contract import Session, SessionOptions
-from open_autoglm.engines.torch_session import _by_length
+from open_autoglm.engines.torch_session import TorchSession, _by_length, _graphs_skipped
 from open_autoglm.schemas import Candidate, ExportedModel, Gpu, Knob, OptimizeSpec
 
 ROWS, PROMPT, LENGTH = 2, 20, 28
@@ -169,3 +169,17 @@ def test_a_single_token_has_a_graph_of_its_own() -> None:
         assert chosen == mode
         np.testing.assert_array_equal(result, TOKENS[:, :length] * 2)
     assert compiled == [{"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"}]
+
+
+def test_a_graph_that_torch_gave_up_is_told(tiny_glm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch only warns, and goes on without: the fact would be a hope."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", 3)  # by sessions before this one
+    session = opened("torch-cuda-fp32", tiny_glm)
+    assert isinstance(session, TorchSession)
+    session._skipped_before = _graphs_skipped()
+    assert session._graphs() == "decode"
+    counters["inductor"]["cudagraph_skips"] += 2
+    assert session._graphs() == "skipped 2 times"
+    session.close()

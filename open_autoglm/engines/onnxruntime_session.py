@@ -156,6 +156,8 @@ class OnnxRuntimeSession:
         given = 1 if first_logits == _LAST_POSITION and FIRST_LOGITS in self._fed else added
         logits: Logits = np.empty((len(rows), given, self._vocab_size), dtype=np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        if self._placement.device == "cuda":
+            binding.synchronize_inputs()  # copies of what was bound may be queued in a stream of their own
         self._session.run_with_iobinding(binding)
         if self._placement.device == "cuda":
             binding.synchronize_outputs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class TorchSession:
         """The decoder without the head, so that quality and timing run the very same kernels; one graph for
         the prompt's shape and one for a single token."""
         if self._cuda_graphs:
+            self._skipped_before = _graphs_skipped()
             self._decoder.forward = _by_length(self._torch, self._uncompiled)
         else:
             self._decoder.compile(dynamic=False)
@@ -159,14 +161,20 @@ class TorchSession:
         return {
             "gpu": cuda.get_device_name(),
             "cuda": str(self._torch.version.cuda),
-            "cuda_graphs": "decode" if self._cuda_graphs else "none",
+            "cuda_graphs": self._graphs() if self._cuda_graphs else "none",
             "peak_allocated_bytes": str(cuda.max_memory_allocated()),
             PEAK_DEVICE_BYTES: str(cuda.max_memory_reserved()),
         }
 
+    def _graphs(self) -> str:
+        """Where one cannot be recorded, torch warns and goes on without."""
+        skipped = _graphs_skipped() - self._skipped_before
+        return f"skipped {skipped} times" if skipped else "decode"
+
     def close(self) -> None:
         self._cache = None
         del self._model, self._decoder, self._uncompiled
+        gc.collect()  # a compiled model refers to itself
         if self._device == "cuda":
             self._torch.cuda.empty_cache()
 
@@ -187,10 +195,18 @@ def _by_length(torch: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-class _DeviceClock:
-    """How long the GPU is at a call, by CUDA events in its own stream; silent on the CPU.
+def _graphs_skipped() -> int:
+    """How many CUDA graphs torch gave up in this process, by its own count."""
+    from torch._dynamo.utils import counters
 
-    Of the wall clock's time the rest is Python, launches and copies of tokens and logits.
+    return counters["inductor"]["cudagraph_skips"]
+
+
+class _DeviceClock:
+    """From a call's first work on the GPU to its last, by CUDA events in its own stream; silent on the CPU.
+
+    In it are the gaps in which the GPU waits for the next launch: short of profiling, nothing tells them from
+    work. Close to the wall clock's time it says nothing; far below it, the time went before or after.
     """
 
     def __init__(self, torch: Any, device: str) -> None:

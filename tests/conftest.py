@@ -38,13 +38,13 @@ if find_spec("hypothesis"):  # a GPU host may lack it
     hypothesis.settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-GPU_TESTS = "test_gpu.py"
+GPU_TESTS = ("test_gpu.py", "test_tensorrt_gpu.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """``pytest -m gpu`` imports the tests for GPUs alone: a GPU host has not what the others need."""
     alone = config.option.markexpr == "gpu" and collection_path.suffix == ".py"
-    return collection_path.name != GPU_TESTS if alone else None
+    return collection_path.name not in GPU_TESTS if alone else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -81,12 +81,13 @@ def test_the_gpu_tests_are_collected_there(bare: dict[str, str]) -> None:
     """By marker or by name, and no other: what those need is not there. Plugins are not loaded, since pytest
     finds the packages that they come in by ways of its own."""
     bare["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    for asked in (["-m", "gpu"], ["tests/test_gpu.py", "-m", "gpu"]):
+    every = {"tests/test_gpu.py", "tests/test_tensorrt_gpu.py"}
+    for asked, files in ((["-m", "gpu"], every), (["tests/test_gpu.py", "-m", "gpu"], {"tests/test_gpu.py"})):
         done = run("\n".join(["-m", "pytest", "--collect-only", "-q", *asked]), bare)
         assert done.returncode == 0, done.stdout
         tests = [line for line in done.stdout.splitlines() if "::" in line]
         assert tests
-        assert {line.partition("::")[0] for line in tests} == {"tests/test_gpu.py"}
+        assert {line.partition("::")[0] for line in tests} == files
 
 
 def test_the_benchmark_runs_there_from_start_to_end(bare: dict[str, str], tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_host import demo_analysis, demo_hardware
 from numpy.typing import NDArray
-from studies import demo_analysis, demo_hardware
 from tiny_models import VOCAB_SIZE
 
 from open_autoglm import engines
@@ -24,7 +24,7 @@ TOKENS: Tokens = np.random.default_rng(1).integers(4, VOCAB_SIZE, (ROWS, LENGTH)
 LEAST_CORRELATION = {"bf16": 0.999, "fp16": 0.999, "int8": 0.98, "fp8": 0.95, "int4": 0.8}
 
 GPUS = find_gpus().gpus
-pytestmark = pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU")]
 ANALYSIS = demo_analysis().model_copy(update={"hardware": demo_hardware(gpus=GPUS)})
 CANDIDATES = [
     candidate

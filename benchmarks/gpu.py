@@ -113,7 +113,7 @@ def run_plan(plan: Plan, folder: Path, budget: _Budget) -> list[Row]:
 def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator[Row]:
     budget()
     checkpoint = write_checkpoint(name, folder, "cuda" if plan.device == "gpu" else "cpu")
-    hardware = _hardware()
+    hardware = unmeasured_hardware()
     course = Course(
         checkpoint=checkpoint,
         folder=folder,
@@ -169,7 +169,7 @@ def _row(model: str, batch_size: int, candidate: str, engine: str) -> Row:
     return Row(model=model, batch_size=batch_size, candidate=candidate, engine=engine, stage="planned")
 
 
-def _hardware() -> Hardware:
+def unmeasured_hardware() -> Hardware:
     """The host as it is, its peaks unmeasured."""
     model, isa = read_cpu()
     total, available = read_memory()

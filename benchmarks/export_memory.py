@@ -62,7 +62,7 @@ ROUTES = (
     Route("standard graph, fp16", "onnxruntime-tensorrt", "gpu", "onnxruntime-tensorrt-fp16"),
     Route("standard graph, int8", "onnxruntime-tensorrt", "gpu", "onnxruntime-tensorrt-w8"),
     Route("OpenVINO, int8", "openvino", "cpu", "openvino-w8", "the whole graph, until it is written"),
-    Route("GGUF, Q8_0", "llamacpp", "cpu", "llamacpp-q8-0", "llama.cpp maps the fp32 file that it rounds"),
+    Route("GGUF, Q8_0", "llamacpp", "cpu", "llamacpp-q8-0"),
     Route("ONNX Runtime, fp32", "onnxruntime", "cpu", "onnxruntime-fp32", _BUILDER),
     Route("ONNX Runtime, 8-bit weights", "onnxruntime", "cpu", "onnxruntime-w8-b32", _BUILDER),
     Route("ONNX Runtime, fp16 for CUDA", "onnxruntime-cuda", "gpu", "onnxruntime-cuda-fp16", _BUILDER),

@@ -13,7 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-.PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-gpu bench-speculation peers
+.PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-export bench-gpu bench-speculation peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ bench-peers: $(READY) $(DEMO)/config.json ## The newest study's champion against
 
 bench-growth: $(READY) $(DEMO)/config.json ## Time and memory over prompt, batch and layers, beside the roofline (8 minutes)
 	$(BIN)/python -m benchmarks.growth $(DEMO)
+
+bench-export: $(READY) ## Memory of each export of a GLM of 1.5 billion random weights (10 minutes, 20 GB of disk)
+	$(BIN)/python -m benchmarks.export_memory
 
 # No .venv and no network: whatever Python has torch, onnx, transformers, numpy and pydantic will do. Tests that
 # fail or hang must not cost the figures: they are stopped after GPU_TESTS_S, the benchmark gets the rest of

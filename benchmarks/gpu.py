@@ -137,7 +137,7 @@ def _run_model(plan: Plan, name: str, folder: Path, budget: _Budget) -> Iterator
         planned = product(plan.batches, plan.wanted)
         yield from (_stopped(name, batch_size, wanted, checkpoint) for batch_size, wanted in planned)
         return
-    hardware = _hardware()
+    hardware = unmeasured_hardware()
     course = Course(
         checkpoint=checkpoint,
         folder=folder,
@@ -216,7 +216,7 @@ def _stopped(model: str, batch_size: int, candidate: str, failure: Failure, engi
     return row.stopped(failure.status, failure.reason)
 
 
-def _hardware() -> Hardware:
+def unmeasured_hardware() -> Hardware:
     """The host as it is, its peaks unmeasured."""
     model, isa = read_cpu()
     total, available = read_memory()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from studies import demo_analysis, demo_checkpoint, demo_profile
 
 from open_autoglm import engines
+from open_autoglm.analysis import profile_config
 from open_autoglm.engines.contract import ExportContext, Session, SessionOptions
 from open_autoglm.errors import AutoGLMError, UserError
 from open_autoglm.planning import check_workload, judge, plan, resolve_device
@@ -206,6 +209,67 @@ def test_the_built_in_engines_make_a_plan() -> None:
     assert candidates[0].vetoed_because is None
     assert len({c.id for c in candidates}) == len(candidates)
     assert all(c.vetoed_because for c in candidates if c.device == "gpu")
+
+
+# fmt: off
+EXPERTS: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "moe_intermediate_size": 24,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+}
+LATENT: dict[str, Any] = {
+    **EXPERTS, "kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8,
+    "v_head_dim": 20,
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "glm4_moe": EXPERTS,
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": {**LATENT, "index_head_dim": 40, "index_n_heads": 2},
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_are_refused_by_every_engine_that_exports(model_type: str, device: Device) -> None:
+    """Each says so before anything is exported, wherever it could run; torch alone serves them, unrounded."""
+    from transformers import AutoConfig
+
+    profile = profile_config(AutoConfig.for_model(model_type, **MIXTURES[model_type]))
+    assert profile.experts == 4
+    hardware = ANALYSIS.hardware.model_copy(update={"gpus": (H100,)})
+    analysis = ANALYSIS.model_copy(update={"profile": profile, "hardware": hardware})
+    for name in engines.names():
+        for found in engines.get(name).propose(analysis, spec(), device):
+            refused = name != "torch" or found.precision in ("int8", "int4", "fp8")
+            assert (model_type in str(found.vetoed_because)) is refused, found.id
+    usable = [found for found in plan(analysis, spec(), device) if found.vetoed_because is None]
+    assert {found.engine for found in usable} <= {"torch"}
+    assert device == "gpu" or usable[0].reference
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_torch_serves_a_mixture_of_experts(model_type: str, cache: str, tmp_path: Path) -> None:
+    """With either cache it says what the model says when it reads all at once without one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **MIXTURES[model_type]))
+    model.eval().save_pretrained(tmp_path)
+    tokens = np.arange(1, 13)[None]
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
+    reference = next(c for c in engines.get("torch").propose(ANALYSIS, spec(), "cpu") if c.reference)
+    chosen = reference.model_copy(update={"knobs": {**reference.knobs, "kv_cache": cache}})
+    files = ExportedModel(
+        candidate_id=chosen.id, path=tmp_path, digest="", route="", size_bytes=0, build_s=0, reused=True
+    )
+    session = engines.get("torch").open(chosen, files, SessionOptions(batch_size=1, max_tokens=16, threads=1))
+    found = [session.prefill(tokens[:, :9]), *(session.decode(tokens[:, at]) for at in (9, 10, 11))]
+    session.close()
+    np.testing.assert_allclose(np.stack(found, axis=1), wanted[:, 8:], rtol=1e-3, atol=1e-4)
 
 
 def test_auto_takes_a_gpu_if_there_is_one() -> None:

@@ -59,6 +59,8 @@ class OnnxRuntimeCudaEngine:
         return Probe(engine=self.name, stage="no_device", reason=reason)
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+        from open_autoglm.export.routes import CUDA_ROUTES, refusal
+
         plain: dict[str, Knob] = {"scheme": "half", **_RUN_KNOBS}
         blocks: dict[str, Knob] = {
             "compute": "fp16",
@@ -73,6 +75,9 @@ class OnnxRuntimeCudaEngine:
             _candidate("int8", blocks, "8-bit weights: decode reads half of fp16's bytes"),
             _candidate("int4", blocks, "4-bit weights: decode reads a quarter of fp16's bytes"),
         ]
+        refused = refusal(analysis.profile.model_type, CUDA_ROUTES)
+        if refused is not None:
+            return [candidate.vetoed(refused) for candidate in found]
         return [vetoed_if_too_old(candidate, analysis.hardware) for candidate in found]
 
     def dimensions(

@@ -70,6 +70,8 @@ class OnnxRuntimeEngine:
         return Probe(engine=self.name, stage="ready", version=found, reason="CPU execution provider")
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
+        from open_autoglm.export.routes import refusal
+
         vnni = _has_vnni(analysis.hardware)
         hope = "has VNNI, so int8 arithmetic is fast" if vnni else "has no VNNI: int8 may not pay"
         blocks: dict[str, Knob] = {
@@ -88,7 +90,7 @@ class OnnxRuntimeEngine:
         int8 = _candidate(
             "int8", scales, "int8 products, scales by calibration: prefill is bound by arithmetic"
         )
-        return [
+        found = [
             _candidate("fp32", {"scheme": "fp32", **_RUN_KNOBS}, "fused graph, in-place KV cache, exact"),
             _candidate(
                 "int8",
@@ -99,6 +101,8 @@ class OnnxRuntimeEngine:
             _candidate("int8", blocks, "8-bit weights: decode reads a quarter of the fp32 bytes"),
             _candidate("int4", mixed, "4-bit weights: decode reads an eighth of the fp32 bytes"),
         ]
+        refused = refusal(analysis.profile.model_type)
+        return found if refused is None else [candidate.vetoed(refused) for candidate in found]
 
     def dimensions(
         self, candidate: Candidate, analysis: Analysis, spec: OptimizeSpec

@@ -29,7 +29,6 @@ from open_autoglm.schemas import (
     Device,
     Dimension,
     ExportedModel,
-    Hardware,
     Knob,
     ModelProfile,
     OptimizeSpec,
@@ -58,7 +57,7 @@ class TorchEngine:
 
     def propose(self, analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
         if device == "gpu":
-            return _on_gpu(analysis.hardware)
+            return _on_gpu(analysis)
         native = {"avx512_bf16", "amx_bf16"} & set(analysis.hardware.isa)
         bf16_hope = "this CPU computes bf16 natively" if native else "this CPU has no bf16 arithmetic"
         eager: dict[str, Knob] = {"compile": False, "threads": ALL_THREADS}
@@ -111,7 +110,7 @@ _CUDA_GRAPHS = Dimension(
 )
 
 
-def _on_gpu(hardware: Hardware) -> list[Candidate]:
+def _on_gpu(analysis: Analysis) -> list[Candidate]:
     """fp16 and bf16, eager and compiled; rounded weights compiled only, or they are widened in every call."""
     eager: dict[str, Knob] = {"compile": False, **_ON_GPU}
     compiled: dict[str, Knob] = {"compile": True, "cuda_graphs": True, **_ON_GPU}
@@ -124,16 +123,16 @@ def _on_gpu(hardware: Hardware) -> list[Candidate]:
         _candidate("gpu", "int8", compiled, "8-bit weights: decode reads half of bf16's bytes"),
         _candidate("gpu", "fp8", compiled, "8-bit floats: as many bytes as int8, a finer grid near zero"),
     ]
-    return [_vetoed_if_impossible(candidate, hardware) for candidate in found]
+    return [_vetoed_if_impossible(candidate, analysis) for candidate in found]
 
 
-def _vetoed_if_impossible(candidate: Candidate, hardware: Hardware) -> Candidate:
-    """On a GPU without the arithmetic, or where a package that it needs is missing."""
+def _vetoed_if_impossible(candidate: Candidate, analysis: Analysis) -> Candidate:
+    """On a GPU without the arithmetic, for a model that it cannot round, or where a package is missing."""
     precision = candidate.precision
     needed = {"bf16": BF16_SINCE, "int8": BF16_SINCE, "fp8": FP8_SINCE}.get(precision)
-    reason = older_than(hardware, needed, precision) if needed else None
+    reason = older_than(analysis.hardware, needed, precision) if needed else None
     if precision in ("int8", "fp8"):
-        reason = reason or missing_torchao()
+        reason = _stacked_experts(analysis.profile) or reason or missing_torchao()
     if candidate.knobs["compile"]:
         reason = reason or _missing_triton() or _missing_compiler()
     return candidate if reason is None else candidate.vetoed(reason)
@@ -152,8 +151,18 @@ def _rounded(profile: ModelProfile) -> list[Candidate]:
     int4 = _candidate("cpu", "int4", groups, "4-bit weights: decode reads a third of bf16's bytes")
     if not _group_dimension(profile).values:
         int4 = int4.vetoed(f"its layers' inputs are no multiples of {GROUP_SIZES[0]}, the smallest group")
-    missing = missing_torchao() or _missing_compiler()
-    return [int8, int4] if missing is None else [int8.vetoed(missing), int4.vetoed(missing)]
+    reason = _stacked_experts(profile) or missing_torchao() or _missing_compiler()
+    return [int8, int4] if reason is None else [int8.vetoed(reason), int4.vetoed(reason)]
+
+
+def _stacked_experts(profile: ModelProfile) -> str | None:
+    """Most of the weights of a mixture of experts would stay as they are, under another precision's name."""
+    if not profile.experts:
+        return None
+    return (
+        f"torchao rounds linear layers, and transformers stacks the {profile.experts} experts of "
+        f"{profile.model_type} in parameters that are none"
+    )
 
 
 def _group_dimension(profile: ModelProfile) -> Dimension:

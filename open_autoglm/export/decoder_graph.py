@@ -31,15 +31,19 @@ class UnknownModel(RuntimeError):
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name, read one by one; knows which nobody asked for."""
+    """The tensors of a checkpoint by name, read one by one; knows which nobody asked for.
+
+    A file is mapped only while one of its tensors is in use: pages that were read once count as memory of
+    this process for as long as they are mapped, in the end as much as the whole checkpoint.
+    """
 
     def __init__(self, directory: Path) -> None:
         from safetensors import safe_open
 
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for path in find_weights(directory, SAFETENSORS, SAFETENSORS_INDEX):
-            file: Any = safe_open(path, framework="pt")  # numpy has no bfloat16
-            self._files.update(dict.fromkeys(file.keys(), file))
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
         self.unread = set(self._files)
 
     def __contains__(self, name: str) -> bool:
@@ -47,7 +51,10 @@ class StoredTensors:
 
     def read(self, name: str) -> Floats:
         """The tensor ``name`` as float32. Raises KeyError if there is none."""
-        tensor: Floats = self._files[name].get_tensor(name).float().numpy()
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="pt") as file:  # numpy has no bfloat16
+            tensor: Floats = file.get_tensor(name).float().numpy()
         self.unread.discard(name)
         return tensor
 

@@ -37,6 +37,8 @@ class Route(Protocol):
 ROUTES: tuple[Route, ...] = (genai_route, transformers_route)
 """In order of preference."""
 
+CUDA_ROUTES: tuple[Route, ...] = (genai_route,)
+"""Those that write graphs in 16 bits."""
 
 PREFLIGHT_TIMEOUT_S = 600.0
 
@@ -61,7 +63,7 @@ def export_onnx(checkpoint: Checkpoint, recipe: OnnxRecipe, context: ExportConte
     """
     # Inside the output, so that it goes with it if the exporter ends the process.
     with tempfile.TemporaryDirectory(dir=context.output) as scratch:
-        routes = ROUTES if recipe.compute == "fp32" else (genai_route,)
+        routes = ROUTES if recipe.compute == "fp32" else CUDA_ROUTES
         route = choose_route(checkpoint, context.ledger, Path(scratch), routes)
         work, exact = Path(scratch) / "work", Path(scratch) / "exact"
         work.mkdir()
@@ -89,6 +91,15 @@ def _apply(
             weight_only_export(exact, output, recipe)
         case "int8":
             int8_export(exact, output, checkpoint, recipe, facts)
+
+
+def refusal(model_type: str, routes: Sequence[Route] = ROUTES) -> str | None:
+    """Why none of ``routes`` takes the model type, known before anything is exported; None if one does,
+    installed or not."""
+    reasons = {route.NAME: route.supports(model_type) for route in routes}
+    if None in reasons.values():
+        return None
+    return "no export route; " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def choose_route(

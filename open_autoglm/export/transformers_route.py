@@ -24,7 +24,7 @@ _KV_NAME = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|val
 def supports(model_type: str) -> str | None:
     """None if this route takes the model type, else the reason why not."""
     if model_type.endswith(("_moe", "_moe_lite", "_moe_dsa")):
-        return f"{model_type} routes tokens to experts in Python, which cannot be traced into a graph"
+        return f"mixtures of experts such as {model_type} are not verified with transformers' exporter"
     return None
 
 

@@ -13,7 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-.PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth bench-export bench-gpu bench-speculation peers
+.PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,16 @@ bench-growth: $(READY) $(DEMO)/config.json ## Time and memory over prompt, batch
 bench-export: $(READY) ## Memory of each export of a GLM of 1.5 billion random weights (10 minutes, 20 GB of disk)
 	$(BIN)/python -m benchmarks.export_memory
 
+# What a GPU host without a network may lack beside torch, onnx, transformers and numpy: bench-gpu looks in carry/.
+CARRIED = pydantic pydantic_core annotated-types typing_extensions typing-inspection pytest pluggy iniconfig packaging pygments
+CARRY_PYTHON ?= 3.12
+
+carry-gpu: $(READY) ## Pack into carry/ what bench-gpu needs on a bare GPU host with Python CARRY_PYTHON (3.12)
+	@rm -rf carry
+	@$(BIN)/pip install --quiet --no-deps --only-binary :all: --python-version $(CARRY_PYTHON) --target carry \
+	  -c constraints.txt $(CARRIED)
+	@echo "carry/ is packed: bring it along with this checkout"
+
 # No .venv and no network: whatever Python has torch, onnx, transformers, numpy and pydantic will do. Tests that
 # fail or hang must not cost the figures: they are stopped after GPU_TESTS_S, the benchmark gets the rest of
 # GPU_S, and the target fails at its end.
@@ -108,7 +118,10 @@ GPU_PYTHON  ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 GPU_S       ?= 560
 GPU_TESTS_S ?= 180
 
+bench-gpu: export PYTHONPATH := $(PYTHONPATH):$(CURDIR)/carry
 bench-gpu: ## On a GPU host: its tests, then all engines for GPUs on 1.5 and 9 billion random weights (10 minutes)
+	@$(GPU_PYTHON) -c 'import pydantic' 2> /dev/null || { \
+	  echo "error: $(GPU_PYTHON) has no pydantic: run make carry-gpu where there is a network, and bring carry/ along"; exit 2; }
 	@begin=$$(date +%s); tests=0; \
 	if $(GPU_PYTHON) -c 'import pytest' 2> /dev/null; then \
 	  timeout --signal=INT --kill-after=10 $(GPU_TESTS_S) \

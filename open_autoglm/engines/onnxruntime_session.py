@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -42,7 +43,7 @@ _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Read from the environment by each GroupQueryAttention when its session is made; there is no option."""
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(ABC):
     """A decoder graph and its KV cache: a :class:`SlottedSession` where the graph updates that in place, else
     a :class:`GrowingSession`.
 
@@ -129,9 +130,9 @@ class OnnxRuntimeSession:
     def _shorten(self, row: int, length: int) -> None:
         self._lengths[row] = length
 
+    @abstractmethod
     def _bound(self, rows: range) -> Any:
         """A binding that reads the cache of ``rows`` and knows where its next contents go."""
-        raise NotImplementedError
 
     def _run(self, rows: range, tokens: Tokens, first_logits: int, idle: Sequence[int] = ()) -> Logits:
         """Append ``int64[batch, n]`` to the cache of ``rows``, but for those that are ``idle``; logits of

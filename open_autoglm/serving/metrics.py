@@ -35,61 +35,55 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._clock: Callable[[], float] = time.monotonic
         self._labels = {"model_name": model_name}
-        names = tuple(self._labels)
-        slo = tuple(slo_s)
+        self._slo_s = tuple(slo_s)
+        self._make_times()
+        self._make_counts()
+        self._make_state()
+        info = ("model_version", "bundle_digest", "role")
+        Gauge(
+            "autoglm_model_info", "The bundle that answers", (*self._labels, *info), registry=self.registry
+        ).labels(**self._labels, model_version=version, bundle_digest=digest, role=role).set(1)
 
+    def _make_times(self) -> None:
         def histogram(name: str, told: str, bounds: Iterable[float]) -> Histogram:
-            made = Histogram(name, told, names, registry=self.registry, buckets=_with(bounds, slo))
+            buckets = _with(bounds, self._slo_s)
+            made = Histogram(name, told, tuple(self._labels), registry=self.registry, buckets=buckets)
             return made.labels(**self._labels)
 
+        per_token = "Mean time of an answer's tokens after the first"
         self._ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token", _SECONDS)
-        self._itl = histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of an answer", _TOKEN_SECONDS
-        )
-        self._tpot = histogram(
-            "vllm:request_time_per_output_token_seconds",
-            "Mean time of an answer's tokens after the first",
-            _TOKEN_SECONDS,
-        )
+        self._itl = histogram("vllm:inter_token_latency_seconds", "Between two tokens", _TOKEN_SECONDS)
+        self._tpot = histogram("vllm:request_time_per_output_token_seconds", per_token, _TOKEN_SECONDS)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "From request to last token", _SECONDS)
-        self._prompt = Histogram(
-            "vllm:request_prompt_tokens", "Tokens of a prompt", names, registry=self.registry, buckets=_TOKENS
-        ).labels(**self._labels)
-        self._output = Histogram(
-            "vllm:request_generation_tokens",
-            "Tokens of an answer",
-            names,
-            registry=self.registry,
-            buckets=_TOKENS,
-        ).labels(**self._labels)
+
+    def _make_counts(self) -> None:
+        names, registry = tuple(self._labels), self.registry
+
+        def sizes(name: str, told: str) -> Histogram:
+            return Histogram(name, told, names, registry=registry, buckets=_TOKENS).labels(**self._labels)
 
         def counter(name: str, told: str, *more: str) -> Counter:
-            return Counter(name, told, (*names, *more), registry=self.registry)
+            return Counter(name, told, (*names, *more), registry=registry)
 
+        self._prompt = sizes("vllm:request_prompt_tokens", "Tokens of a prompt")
+        self._output = sizes("vllm:request_generation_tokens", "Tokens of an answer")
         self._prompts = counter("vllm:prompt_tokens", "Tokens of all prompts").labels(**self._labels)
         self._generated = counter("vllm:generation_tokens", "Tokens of all answers").labels(**self._labels)
-        self._cached = counter("vllm:prefix_cache_hits", "Prompt tokens that were in the cache").labels(
-            **self._labels
-        )
+        cached = counter("vllm:prefix_cache_hits", "Prompt tokens that were in the cache")
+        self._cached = cached.labels(**self._labels)
         self._finished = counter("vllm:request_success", "Answers by how they ended", "finished_reason")
         self._refused = counter("autoglm_requests_refused", "Requests that were not let in", "reason")
         self._failed = counter("autoglm_requests_failed", "Answers lost by a crash").labels(**self._labels)
 
+    def _make_state(self) -> None:
         def gauge(name: str, told: str) -> Gauge:
-            return Gauge(name, told, names, registry=self.registry).labels(**self._labels)
+            return Gauge(name, told, tuple(self._labels), registry=self.registry).labels(**self._labels)
 
         self.running = gauge("vllm:num_requests_running", "Requests in a slot")
         self.waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a slot")
         self.cache_use = gauge("vllm:kv_cache_usage_perc", "Share of the cache that holds tokens, 0 to 1")
         self.engine_bytes = gauge("autoglm_engine_memory_bytes", "Resident memory of the engine's process")
         self.restarts = gauge("autoglm_engine_restarts", "Times the engine was started again")
-        info = Gauge(
-            "autoglm_model_info",
-            "The bundle that answers",
-            (*names, "model_version", "bundle_digest", "role"),
-            registry=self.registry,
-        )
-        info.labels(**self._labels, model_version=version, bundle_digest=digest, role=role).set(1)
 
     def refused(self, reason: str) -> None:
         self._refused.labels(**self._labels, reason=reason).inc()

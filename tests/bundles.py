@@ -35,11 +35,12 @@ def openable_study(checkpoint_path: Path, **changes: Any) -> Study:
     return study.model_copy(update={"trials": (trial,), "champion": trial.id, "pareto": (trial.id,)})
 
 
-def onnxruntime_bundle(checkpoint_path: Path, directory: Path) -> Path:
-    """A bundle of ONNX Runtime's exact graph, whose sessions have slots, under ``directory``."""
+def onnxruntime_bundle(checkpoint_path: Path, directory: Path, number: int = 0) -> Path:
+    """A bundle whose sessions have slots, under ``directory``: of ONNX Runtime's exact graph or, with another
+    ``number``, of another candidate."""
     study = openable_study(checkpoint_path)
     engine = engines.get("onnxruntime")
-    candidate = engine.propose(study.analysis, study.spec, "cpu")[0]
+    candidate = engine.propose(study.analysis, study.spec, "cpu")[number]
     output = directory / "export"
     output.mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -59,6 +59,18 @@ class Endpoint:
         return self.process.wait(60)
 
 
+def metric(exposition: str, name: str, **labels: str) -> float:
+    """The sum of the series of that name, of those with these labels."""
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    found = [
+        line
+        for line in exposition.splitlines()
+        if re.match(rf"{name}[{{ ]", line) and all(pair in line for pair in wanted)
+    ]
+    assert found, f"no {name} with {labels}"
+    return sum(float(line.split()[-1]) for line in found)
+
+
 @contextlib.contextmanager
 def endpoint(bundle: Path, home: Path, *options: str) -> Iterator[Endpoint]:
     """Serve ``bundle`` for the length of the block."""

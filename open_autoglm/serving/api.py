@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +16,9 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from open_autoglm.errors import UserError
+from open_autoglm.serving.admin import admin_routes
 from open_autoglm.serving.engine import EngineLost
+from open_autoglm.serving.fleet import Fleet, Rejected
 from open_autoglm.serving.messages import Sampling
 from open_autoglm.serving.openai_answers import CHAT, COMPLETION, Answer, Choice, Json, Usage, error_body
 from open_autoglm.serving.openai_types import ChatRequest, CompletionRequest
@@ -31,48 +33,54 @@ _CLIENT_LEFT = 499
 """Seen in logs only; nginx's number."""
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application that serves ``service``."""
+def create_app(fleet: Fleet) -> FastAPI:
+    """The application that serves ``fleet``."""
     app = FastAPI(title="Open-AutoGLM endpoint", version=version("open-autoglm"), redoc_url=None)
-    app.state.service = service
     _add_errors(app)
-    _add_health(app, service)
+    _add_health(app, fleet)
+    app.include_router(admin_routes(fleet))
 
     @app.get("/v1/models")
     async def models() -> Json:
         """The model that is served."""
-        return {"object": "list", "data": [_model(service)]}
+        return {"object": "list", "data": [_model(fleet.champion)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
         """The model, if it is this one."""
-        _require_model(service, name)
-        return _model(service)
+        _require_model(fleet, name)
+        return _model(fleet.champion)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or several."""
-        _require_model(service, body.model)
-        prompts = [service.encode(prompt) for prompt in body.prompts]
-        sampling = _sampling(body, body.logprobs)
-        asked = [
-            _asked(service, prompt, body, body.max_tokens or DEFAULT_MAX_TOKENS, sampling, choice)
-            for prompt in prompts
-            for choice in range(body.n)
-        ]
-        answer = _answer(COMPLETION, service, prompts, len(asked), body.logprobs is not None)
-        return await _respond(service, answer, asked, body, request)
+        _require_model(fleet, body.model)
+
+        def ask(service: Service) -> tuple[Answer, list[Asked]]:
+            prompts = [service.encode(prompt) for prompt in body.prompts]
+            sampling = _sampling(body, body.logprobs)
+            asked = [
+                _asked(service, prompt, body, body.max_tokens or DEFAULT_MAX_TOKENS, sampling, choice)
+                for prompt in prompts
+                for choice in range(body.n)
+            ]
+            return _answer(COMPLETION, service, prompts, len(asked), body.logprobs is not None), asked
+
+        return await _respond(fleet, ask, body, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        _require_model(service, body.model)
-        prompt = service.encode_chat([message.as_template_input() for message in body.messages])
-        sampling = _sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
-        most = body.max_completion_tokens or body.max_tokens
-        asked = [_asked(service, prompt, body, most, sampling, choice) for choice in range(body.n)]
-        answer = _answer(CHAT, service, [prompt], len(asked), bool(body.logprobs))
-        return await _respond(service, answer, asked, body, request)
+        _require_model(fleet, body.model)
+
+        def ask(service: Service) -> tuple[Answer, list[Asked]]:
+            prompt = service.encode_chat([message.as_template_input() for message in body.messages])
+            sampling = _sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
+            most = body.max_completion_tokens or body.max_tokens
+            asked = [_asked(service, prompt, body, most, sampling, choice) for choice in range(body.n)]
+            return _answer(CHAT, service, [prompt], len(asked), bool(body.logprobs)), asked
+
+        return await _respond(fleet, ask, body, request)
 
     return app
 
@@ -84,9 +92,16 @@ class UnknownModel(UserError):
     """Another model than the one that is served."""
 
 
-def _require_model(service: Service, name: str) -> None:
-    if name != service.name:
-        raise UnknownModel(f"the model {name!r} is not served here: this is {service.name!r}")
+def _require_model(fleet: Fleet, name: str) -> None:
+    if name != fleet.name:
+        raise UnknownModel(f"the model {name!r} is not served here: this is {fleet.name!r}")
+
+
+def _caller(request: Request, user: str | None) -> str:
+    """Who stays with one version: the end user if the client names one, else its key, else its address."""
+    key: str = getattr(request.state, "caller", "anonymous")
+    address = request.client.host if request.client else ""
+    return user or (key if key != "anonymous" else address)
 
 
 def _sampling(body: CompletionRequest | ChatRequest, logprobs: int | None) -> Sampling:
@@ -123,6 +138,23 @@ def _answer(
 
 
 async def _respond(
+    fleet: Fleet,
+    ask: Callable[[Service], tuple[Answer, list[Asked]]],
+    body: CompletionRequest | ChatRequest,
+    request: Request,
+) -> Response:
+    """The answer of whoever the caller is given to. Of a challenger nobody hears that it failed before its
+    first word: the champion answers then."""
+    service = fleet.route(_caller(request, body.user))
+    try:
+        return await _respond_by(service, *ask(service), body, request)
+    except (EngineLost, Overloaded):
+        if service is fleet.champion:
+            raise
+        return await _respond_by(fleet.champion, *ask(fleet.champion), body, request)
+
+
+async def _respond_by(
     service: Service,
     answer: Answer,
     asked: Sequence[Asked],
@@ -131,11 +163,15 @@ async def _respond(
 ) -> Response:
     """The whole answer, or a stream whose status is sent only once its first piece is known."""
     pieces = _together(service, asked)
-    if not body.stream:
-        return await _unless_left(request, _whole(answer, pieces))
-    first = await anext(pieces)
-    events = _events(answer, first, pieces, usage=body.wants_usage)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    if body.stream:
+        first = await anext(pieces)
+        events = _events(answer, first, pieces, usage=body.wants_usage)
+        response: Response = StreamingResponse(events, media_type="text/event-stream")
+        response.headers["Cache-Control"] = "no-cache"
+    else:
+        response = await _unless_left(request, _whole(answer, pieces))
+    response.headers["X-Autoglm-Bundle"] = service.digest[:12]
+    return response
 
 
 async def _whole(answer: Answer, pieces: AsyncGenerator[tuple[int, Piece]]) -> Response:
@@ -239,6 +275,7 @@ def _model(service: Service) -> Json:
         "created": service.created,
         "owned_by": "open-autoglm",
         "max_model_len": service.max_tokens,
+        "version": service.version,
         "bundle_digest": service.digest,
         "slots": ready.slots if ready else 0,
     }
@@ -247,7 +284,7 @@ def _model(service: Service) -> Json:
 # ── health ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, fleet: Fleet) -> None:
     @app.get("/healthz")
     async def healthz() -> Json:
         """The server answers."""
@@ -256,7 +293,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/readyz")
     async def readyz() -> Response:
         """The engine answers; 503 with the reason while it does not."""
-        engine = service.engine
+        engine = fleet.champion.engine
         if engine.state == "ready":
             return _json({"status": "ready"})
         return _json({"status": engine.state, "reason": engine.last_words}, 503)
@@ -264,7 +301,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(fleet.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -289,6 +326,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def refused(_request: Request, error: UserError) -> Response:
         return told(400, "invalid_request_error", str(error))
+
+    @app.exception_handler(Rejected)
+    async def rejected(_request: Request, error: Rejected) -> Response:
+        body = error_body(error.reason, "invalid_request_error", code="bundle_rejected")
+        return _json(body | {"checks": [check.model_dump() for check in error.checks]}, 409)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:

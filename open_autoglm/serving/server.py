@@ -16,10 +16,12 @@ from open_autoglm.errors import UserError
 from open_autoglm.schemas import Model
 from open_autoglm.serving.api import create_app
 from open_autoglm.serving.engine import EngineLost
+from open_autoglm.serving.fleet import Fleet, Launcher
 from open_autoglm.serving.limits import Limits
 from open_autoglm.serving.messages import EngineOptions
-from open_autoglm.serving.metrics import Metrics
-from open_autoglm.serving.service import ServiceOptions, start_service
+from open_autoglm.serving.metrics import Board
+from open_autoglm.serving.service import ServiceOptions
+from open_autoglm.serving.source import Source
 
 _BODY_BYTES = 4 << 20
 _READ_S, _WRITE_S = 15.0, 30.0
@@ -32,8 +34,7 @@ class ServerOptions(Model):
     host: str
     port: int
     name: str
-    version: str = ""
-    digest: str
+    source: Source
     engine: EngineOptions
     service: ServiceOptions
     log: Path
@@ -57,11 +58,9 @@ async def serve(options: ServerOptions, listener: socket.socket, ready: Callable
 
     ``ready`` is called with the URL once requests are answered. Raises UserError, EngineLost.
     """
-    metrics = Metrics(options.name, options.digest, version=options.version)
-    service = await start_service(
-        options.name, options.engine.bundle, options.engine, options.service, metrics, options.log
-    )
-    app = Limits(create_app(service), body_bytes=_BODY_BYTES, read_s=_READ_S, write_s=_WRITE_S)
+    launcher = Launcher(options.name, options.engine, options.service, options.log)
+    fleet = Fleet(launcher, Board(options.name), await launcher.launch(options.source))
+    app = Limits(create_app(fleet), body_bytes=_BODY_BYTES, read_s=_READ_S, write_s=_WRITE_S)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S, server_header=False
     )
@@ -69,7 +68,7 @@ async def serve(options: ServerOptions, listener: socket.socket, ready: Callable
     try:
         await server.serve(sockets=[listener])
     finally:
-        await service.engine.close()
+        await fleet.close()
 
 
 class _Server(uvicorn.Server):

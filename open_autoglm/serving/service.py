@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 
-from open_autoglm.bundle import end_tokens, open_bundle
+from open_autoglm.bundle import end_tokens
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Model
+from open_autoglm.schemas import Manifest, Model
 from open_autoglm.serving.engine import Engine, EngineLost
 from open_autoglm.serving.messages import EngineOptions, Finish, Generation, Sampling, Token
-from open_autoglm.serving.metrics import Metrics
+from open_autoglm.serving.metrics import Metrics, State
+from open_autoglm.serving.source import Source
 from open_autoglm.serving.text import TextStream
 
 
@@ -76,17 +77,29 @@ class Service:
     """One bundle and its engine."""
 
     name: str
+    source: Source
+    manifest: Manifest
+    digest: str
     engine: Engine
     tokenizer: Any
     end_ids: frozenset[int]
     max_tokens: int
-    digest: str
     options: ServiceOptions
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     _inside: int = 0
     _pace: _Pace = field(default_factory=_Pace)
     _numbers: Any = field(default_factory=itertools.count)
+
+    @property
+    def version(self) -> str:
+        """The registry's; '' if the bundle was not taken from there."""
+        return self.source.version
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for an answer."""
+        return self._inside > 0
 
     # ── prompts ──────────────────────────────────────────────────────────────────────────────────
 
@@ -165,15 +178,18 @@ class Service:
         """Until a slot is free for the last of ``ahead`` requests, by how long answers took lately."""
         return max(0, ahead) / self._slots * (self._pace.seconds or 0.0)
 
-    def exposition(self) -> bytes:
-        """What Prometheus reads, as things are now."""
-        load, metrics = self.engine.load, self.metrics
-        metrics.running.set(load.running)
-        metrics.waiting.set(load.waiting)
-        metrics.cache_use.set(load.cached_tokens / (self._slots * self.max_tokens))
-        metrics.restarts.set(self.engine.restarts)
-        metrics.engine_bytes.set(_resident_bytes(self.engine.pid))
-        return metrics.exposition()
+    def show(self) -> None:
+        """Put its state, as it is now, among the metrics."""
+        load = self.engine.load
+        self.metrics.show(
+            State(
+                running=load.running,
+                waiting=load.waiting,
+                cache_use=load.cached_tokens / (self._slots * self.max_tokens),
+                engine_bytes=_resident_bytes(self.engine.pid),
+                restarts=self.engine.restarts,
+            )
+        )
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
         """The answer, piece by piece, to one who holds a place. Raises EngineLost."""
@@ -184,7 +200,7 @@ class Service:
             sampling=asked.sampling,
             stop_tokens=() if asked.ignore_end else tuple(self.end_ids),
         )
-        seen, begin = self.metrics.request(len(asked.prompt)), time.monotonic()
+        seen = self.metrics.request(len(asked.prompt))
         text = TextStream(self.tokenizer.backend_tokenizer, asked.prompt, asked.stop)
         try:
             async with contextlib.aclosing(self.engine.generate(generation)) as tokens:
@@ -193,8 +209,7 @@ class Service:
                         seen.token(token.cached_tokens)
                     piece = _piece(token, text)
                     if piece.finish is not None:
-                        seen.finished(piece.finish)
-                        self._pace.learn(time.monotonic() - begin)
+                        self._pace.learn(seen.finished(piece.finish))
                     yield piece
                     if piece.finish is not None:
                         return
@@ -222,7 +237,9 @@ def _piece(token: Token, text: TextStream) -> Piece:
 
 async def start_service(
     name: str,
-    bundle: Path,
+    source: Source,
+    manifest: Manifest,
+    digest: str,
     engine_options: EngineOptions,
     options: ServiceOptions,
     metrics: Metrics,
@@ -230,23 +247,25 @@ async def start_service(
     *,
     timeout_s: float = 600,
 ) -> Service:
-    """Check the bundle, start its engine and wait for it. Raises UserError, EngineLost."""
+    """Start the engine of a bundle that was checked, and wait for it. Raises EngineLost."""
     from transformers import AutoTokenizer
 
-    manifest, found = open_bundle(bundle)
     room = min(engine_options.max_tokens, manifest.context_tokens)
     engine = Engine(engine_options.model_copy(update={"max_tokens": room}), log)
-    tokenizer = AutoTokenizer.from_pretrained(
-        bundle / "tokenizer", trust_remote_code=manifest.trust_remote_code
+    directory = source.bundle / "tokenizer"
+    tokenizer = await asyncio.to_thread(
+        AutoTokenizer.from_pretrained, directory, trust_remote_code=manifest.trust_remote_code
     )
     await engine.start(timeout_s)
     return Service(
         name=name,
+        source=source,
+        manifest=manifest,
+        digest=digest,
         engine=engine,
         tokenizer=tokenizer,
-        end_ids=end_tokens(bundle / "tokenizer", tokenizer),
+        end_ids=end_tokens(directory, tokenizer),
         max_tokens=room,
-        digest=found.digest,
         options=options,
         metrics=metrics,
     )

@@ -1,0 +1,92 @@
+"""What an administrator may do with a running endpoint: see who answers, and change it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from open_autoglm.serving.fleet import Canary, Fleet
+from open_autoglm.serving.service import Service
+from open_autoglm.serving.source import Source, find_source
+from open_autoglm.settings import Settings
+
+Json = dict[str, Any]
+
+
+class SwapRequest(BaseModel):
+    """Body of ``/admin/swap``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    source: str = Field(min_length=1, description="a bundle, a study, or models:/NAME@ALIAS, on the server")
+
+
+class ChallengerRequest(SwapRequest):
+    """Body of ``/admin/challenger``."""
+
+    weight_percent: float = Field(0, ge=0, le=100, description="of the callers, who stay with it")
+    shadow_percent: float = Field(0, ge=0, le=100, description="of the prompts, replayed beside the traffic")
+
+
+def admin_routes(fleet: Fleet) -> APIRouter:
+    """Under ``/admin``; whoever may call it is decided in front."""
+    router = APIRouter(prefix="/admin", tags=["admin"])
+
+    @router.get("/fleet")
+    async def show() -> Json:
+        """Who answers, and what has changed."""
+        return fleet_status(fleet)
+
+    @router.post("/swap")
+    async def swap(body: SwapRequest) -> Json:
+        """Put another bundle in the champion's place; 409 with the checks if it does not pass them."""
+        await fleet.swap(await _find(body.source))
+        return fleet_status(fleet)
+
+    @router.post("/challenger")
+    async def challenger(body: ChallengerRequest) -> Json:
+        """Try a bundle beside the champion."""
+        canary = Canary(weight_percent=body.weight_percent, shadow_percent=body.shadow_percent)
+        await fleet.try_challenger(await _find(body.source), canary)
+        return fleet_status(fleet)
+
+    @router.post("/promote")
+    async def promote() -> Json:
+        """Put the challenger in the champion's place."""
+        await fleet.promote()
+        return fleet_status(fleet)
+
+    @router.delete("/challenger")
+    async def drop() -> Json:
+        """Give the challenger's callers back to the champion."""
+        await fleet.drop_challenger("an administrator said so")
+        return fleet_status(fleet)
+
+    return router
+
+
+async def _find(source: str) -> Source:
+    return await asyncio.to_thread(find_source, source, Settings())
+
+
+def fleet_status(fleet: Fleet) -> Json:
+    return {
+        "champion": _service_status(fleet.champion),
+        "challenger": _service_status(fleet.challenger) if fleet.challenger else None,
+        "canary": fleet.canary.model_dump(),
+        "events": [event.model_dump(mode="json") for event in fleet.events],
+    }
+
+
+def _service_status(service: Service) -> Json:
+    return {
+        "version": service.version,
+        "bundle_digest": service.digest,
+        "bundle": str(service.source.bundle),
+        "candidate": service.manifest.candidate.id,
+        "engine": service.engine.state,
+        "restarts": service.engine.restarts,
+    }

@@ -1,0 +1,249 @@
+"""Who answers: the champion, and a challenger beside it while it is tried.
+
+A change never fails a request. A newcomer is loaded and examined beside the one that answers; when it takes
+over, the old one ends what it has begun and is closed then. One change is made at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from open_autoglm.bundle import open_bundle
+from open_autoglm.errors import UserError
+from open_autoglm.schemas import Manifest, Model
+from open_autoglm.serving.engine import EngineLost
+from open_autoglm.serving.exam import Check, Exam, examine
+from open_autoglm.serving.messages import EngineOptions
+from open_autoglm.serving.metrics import Board, Role
+from open_autoglm.serving.service import Service, ServiceOptions, start_service
+from open_autoglm.serving.source import Source
+
+_LONGEST_ANSWER_S = 600.0
+"""After so long, the engine of one who was replaced is closed, whatever it still answers."""
+_LOOK_S = 0.2
+_LEAST_STAY_S = 1.0
+"""Whoever was given a service has begun to ask it by then."""
+_EVENTS = 100
+
+EventKind = Literal["started", "swapped", "rejected", "challenger", "dropped", "promoted", "canary"]
+
+
+class Canary(Model):
+    weight_percent: float = 0
+    shadow_percent: float = 0
+
+
+class Rejected(Exception):
+    """A newcomer that may not answer; the one before goes on."""
+
+    def __init__(self, reason: str, checks: Sequence[Check] = ()) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.checks = tuple(checks)
+
+
+class Event(Model):
+    """Something that changed who answers, or was meant to."""
+
+    time: datetime
+    kind: EventKind
+    told: str
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How a bundle becomes a service of this endpoint."""
+
+    name: str
+    engine: EngineOptions
+    """For every bundle; the one it names is replaced."""
+    service: ServiceOptions
+    log: Path
+
+    async def launch(self, source: Source) -> Service:
+        """Check the bundle and start its engine. Nothing it answers is counted before it has a role.
+
+        Raises UserError, EngineLost.
+        """
+        manifest, bundle = await asyncio.to_thread(open_bundle, source.bundle)
+        options = self.engine.model_copy(update={"bundle": source.bundle})
+        uncounted = Board(self.name).of(source.version, bundle.digest, "challenger")
+        return await start_service(
+            self.name, source, manifest, bundle.digest, options, self.service, uncounted, self.log
+        )
+
+
+Examine = Callable[[Service, Service, Manifest], Awaitable[Exam]]
+
+
+class Fleet:
+    """The services behind one public name."""
+
+    def __init__(
+        self, launcher: Launcher, board: Board, champion: Service, *, examine: Examine = examine
+    ) -> None:
+        self.name = launcher.name
+        self.champion = champion
+        self.challenger: Service | None = None
+        self.canary = Canary()
+        self.events: deque[Event] = deque(maxlen=_EVENTS)
+        self._launcher = launcher
+        self._board = board
+        self._examine = examine
+        self._changing = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._give_role(champion, "champion")
+        self._tell("started", f"{called(champion)} answers")
+
+    @property
+    def versions(self) -> tuple[str, str | None]:
+        """The registry's, of champion and challenger."""
+        return self.champion.version, self.challenger.version if self.challenger else None
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
+
+    def route(self, caller: str) -> Service:
+        """Who answers ``caller``: the same one as long as challenger and weight are the same."""
+        challenger = self.challenger
+        if challenger is None or challenger.engine.state != "ready":
+            return self.champion
+        hit = _place(challenger.digest, caller) < self.canary.weight_percent / 100
+        return challenger if hit else self.champion
+
+    def exposition(self) -> bytes:
+        """What Prometheus reads, as things are now."""
+        for service in (self.champion, self.challenger):
+            if service is not None:
+                service.show()
+        return self._board.exposition()
+
+    # ── changes ──────────────────────────────────────────────────────────────────────────────────
+
+    async def swap(self, source: Source) -> None:
+        """Make the bundle the champion. Raises Rejected, and the old one goes on."""
+        async with self._changing:
+            newcomer = await self._admit(source)
+            self._drop("the champion was replaced")
+            before, self.champion = self.champion, newcomer
+            self._give_role(newcomer, "champion")
+            self._let_go(before)
+            self._tell("swapped", f"{called(newcomer)} answers instead of {called(before)}")
+
+    async def try_challenger(self, source: Source, canary: Canary) -> None:
+        """Let the bundle answer its share beside the champion. Raises Rejected."""
+        async with self._changing:
+            self._drop("another challenger takes its place")
+            newcomer = await self._admit(source)
+            self._give_role(newcomer, "challenger")
+            self.challenger, self.canary = newcomer, canary
+            self._tell("challenger", f"{called(newcomer)} is tried: {_shares(canary)}")
+
+    async def promote(self) -> None:
+        """Make the challenger the champion. Raises UserError if there is none."""
+        async with self._changing:
+            if self.challenger is None:
+                raise UserError("there is no challenger to promote")
+            before, self.champion, self.challenger = self.champion, self.challenger, None
+            self.canary = Canary()
+            self.champion.metrics.hide()
+            self._give_role(self.champion, "champion")
+            self._let_go(before)
+            self._tell("promoted", f"{called(self.champion)} answers instead of {called(before)}")
+
+    async def drop_challenger(self, reason: str) -> None:
+        """Its callers are the champion's again, at once."""
+        self._drop(reason)
+
+    def set_canary(self, canary: Canary) -> None:
+        """Change the challenger's share."""
+        if canary != self.canary:
+            self.canary = canary
+            self._tell("canary", _shares(canary))
+
+    async def close(self) -> None:
+        """End all engines; what they were answering is lost."""
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        for service in (self.champion, self.challenger):
+            if service is not None:
+                await service.engine.close()
+
+    async def _admit(self, source: Source) -> Service:
+        """A service that has passed its exam. Raises Rejected."""
+        try:
+            newcomer = await self._launcher.launch(source)
+        except (UserError, EngineLost) as error:
+            raise self._rejected(str(error)) from error
+        try:
+            exam = await self._examine(newcomer, self.champion, newcomer.manifest)
+        except EngineLost as error:
+            await newcomer.engine.close()
+            raise self._rejected(f"{called(newcomer)} was lost in its exam: {error}") from error
+        except BaseException:
+            await newcomer.engine.close()
+            raise
+        if not exam.passed:
+            await newcomer.engine.close()
+            failed = "; ".join(check.told for check in exam.checks if not check.ok)
+            raise self._rejected(f"{called(newcomer)} was refused: {failed}", exam.checks)
+        return newcomer
+
+    def _rejected(self, reason: str, checks: Sequence[Check] = ()) -> Rejected:
+        self._tell("rejected", reason, checks)
+        return Rejected(reason, checks)
+
+    def _drop(self, reason: str) -> None:
+        if self.challenger is not None:
+            before, self.challenger, self.canary = self.challenger, None, Canary()
+            self._let_go(before)
+            self._tell("dropped", f"{called(before)} is tried no more: {reason}")
+
+    def _give_role(self, service: Service, role: Role) -> None:
+        service.metrics = self._board.of(service.version, service.digest, role)
+
+    def _let_go(self, service: Service) -> None:
+        """Close its engine once it has answered everybody."""
+        service.metrics.hide()
+        task = asyncio.create_task(_leave(service))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def _tell(self, kind: EventKind, told: str, checks: Sequence[Check] = ()) -> None:
+        self.events.append(Event(time=datetime.now(UTC), kind=kind, told=told, checks=tuple(checks)))
+
+
+async def _leave(service: Service) -> None:
+    deadline = time.monotonic() + _LONGEST_ANSWER_S
+    try:
+        await asyncio.sleep(_LEAST_STAY_S)
+        while service.busy and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_S)
+    finally:
+        await service.engine.close()
+
+
+def _place(salt: str, caller: str) -> float:
+    """Where a caller stands in [0, 1): another place with every challenger, so that not always the same ones
+    are the first to meet a fault."""
+    digest = hashlib.sha256(f"{salt}\n{caller}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _shares(canary: Canary) -> str:
+    callers, prompts = canary.weight_percent, canary.shadow_percent
+    return f"{callers:g} % of the callers, {prompts:g} % of the prompts in its shadow"
+
+
+def called(service: Service) -> str:
+    """For people: the registry's version, or the digest where it has none."""
+    return f"version {service.version}" if service.version else f"bundle {service.digest[:12]}"

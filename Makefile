@@ -13,7 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-.PHONY: help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation peers
+.PHONY: clients help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,13 @@ llamacpp: $(READY) ## Add the llama.cpp engine to .venv; compiled once (5 minute
 
 peers: llamacpp ## Add what bench-peers compares with, besides the engines, to .venv
 	@$(BIN)/pip install --quiet --find-links $(WHEELS) -c constraints.txt -e '.[$(EXTRAS),llamacpp,openvino,peers]'
+
+clients: .venv-clients/.ready ## Add OpenAI's client and a load generator, in .venv-clients, for the tests (0.9 GB)
+
+.venv-clients/.ready: tests/clients/requirements.txt
+	@$(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/pip install --quiet -r tests/clients/requirements.txt
+	@touch $@
 
 test: $(READY) ## Run the tests; they need no server and leave none
 	env -u PREFECT_API_URL -u MLFLOW_TRACKING_URI $(BIN)/python -m pytest
@@ -137,5 +144,5 @@ $(DEMO)/config.json: $(READY)
 	$(BIN)/open-autoglm demo-model $(DEMO)
 
 clean: ## Remove .venv and caches; what is under AUTOGLM_HOME stays
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

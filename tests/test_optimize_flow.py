@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from studies import demo_hardware
@@ -270,7 +273,8 @@ def screenings(settings: Settings) -> dict[Path, int]:
 def test_a_killed_study_goes_on_where_it_stopped(
     tiny_glm: Path, settings: Settings, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """SIGKILL leaves no child; the same command repeats no finished screening, and searches on to the end."""
+    """SIGKILL leaves no child; the same command repeats no finished screening, and searches on to the end,
+    where the champion is served if that is asked for."""
     root = tmp_path / "study"
     asked = ["--engines=torch", "--min-quality=0.5", f"--model-path={tiny_glm}", f"--output={root}"]
     command = [*OPTIMIZE, *asked]
@@ -288,9 +292,24 @@ def test_a_killed_study_goes_on_where_it_stopped(
     assert not (root / RESULT).exists()
     before = screenings(settings)
 
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    study = Study.model_validate_json(result.stdout.splitlines()[-1])
+    said = tmp_path / "stderr.txt"
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(
+            [*command, "--serve=0"], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as running,
+    ):
+        assert running.stdout is not None
+        found = running.stdout.readline()
+        assert found, said.read_text()
+        url = re.search(r"http://\S+", running.stdout.readline())
+        assert url, said.read_text()
+        models = httpx.get(f"{url[0]}/models").json()["data"]
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0
+    study = Study.model_validate_json(found)
+    assert study.bundle is not None
+    assert [model["bundle_digest"] for model in models] == [study.bundle.digest]
     after = screenings(settings)
     assert {path: after[path] for path in before} == before
     assert sum("screening" in trial.reused for trial in study.trials) == len(before.keys() - others)
@@ -305,7 +324,7 @@ def test_a_killed_study_goes_on_where_it_stopped(
     assert [line.split(":")[0] for line in study.search] == ["torch-bf16 with threads 1 instead of all"]
     assert study.verdict.kind == "champion"
     assert load_study(root).champion == study.champion
-    assert "champion" in result.stderr
+    assert "champion" in said.read_text()
 
 
 def test_if_nothing_is_feasible_nothing_is_registered(

@@ -79,10 +79,15 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
-    """Run the optimize flow and show its study; returns the exit code."""
+def run_optimize(*, dry_run: bool, as_json: bool, serve_port: int | None, **arguments: Any) -> int:
+    """Run the optimize flow and show its study; returns the exit code.
+
+    With ``serve_port``, this process becomes the server of the champion, if there is one.
+    """
     from open_autoglm.cli.console import make_console, print_plan, print_study
 
+    if serve_port is not None and dry_run:
+        raise UserError("--dry-run finds no champion that --serve could serve: give one of them")
     settings = Settings()
     spec = make_spec(arguments)
     checkpoint, analysis, candidates = _plan(spec, settings)
@@ -96,7 +101,17 @@ def run_optimize(*, dry_run: bool, as_json: bool, **arguments: Any) -> int:
         print_study(study, console, _links(study, settings))
     if as_json:
         click.echo(study.model_dump_json())
+    if serve_port is not None and study.bundle is not None:
+        _become_server(study.output_dir, serve_port)
     return EXIT_CODES[study.verdict.kind]
+
+
+def _become_server(study: Path, port: int) -> None:
+    """Go on as ``open-autoglm serve``, without anything that the study has loaded."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "open_autoglm.cli", "serve", str(study), "--port", str(port)]
+    os.execv(sys.executable, command)
 
 
 def _plan(spec: OptimizeSpec, settings: Settings) -> tuple[Checkpoint, Analysis, list[Candidate]]:

@@ -89,6 +89,15 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
 @click.option("--output", type=click.Path(path_type=Path), help="Directory of the study.")
 @click.option("--dry-run", is_flag=True, help="Analyse and plan; run nothing.")
+@click.option(
+    "--serve",
+    "serve_port",
+    type=click.IntRange(0, 65535),
+    is_flag=False,
+    flag_value=8000,
+    metavar="[PORT]",
+    help="Serve the champion in the end, on this port.  [with no PORT: 8000]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Put the Study as JSON on the last line of stdout.")
 def optimize(**arguments: Any) -> None:
     """Find, check and register the best configuration within the limits."""

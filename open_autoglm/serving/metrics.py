@@ -74,6 +74,8 @@ class Metrics:
         self._finished = counter("vllm:request_success", "Answers by how they ended", "finished_reason")
         self._refused = counter("autoglm_requests_refused", "Requests that were not let in", "reason")
         self._failed = counter("autoglm_requests_failed", "Answers lost by a crash").labels(**self._labels)
+        nan = counter("autoglm_requests_not_finite", "Answers given up because logits were NaN or infinite")
+        self._not_finite = nan.labels(**self._labels)
 
     def _make_state(self) -> None:
         def gauge(name: str, told: str) -> Gauge:
@@ -132,3 +134,7 @@ class RequestTimes:
     def failed(self) -> None:
         """The answer was lost with the engine."""
         self._metrics._failed.inc()
+
+    def not_finite(self) -> None:
+        """The model had no answer."""
+        self._metrics._not_finite.inc()

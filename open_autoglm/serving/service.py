@@ -16,7 +16,7 @@ import psutil
 from open_autoglm.bundle import end_tokens, open_bundle
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Model
-from open_autoglm.serving.engine import Engine, EngineLost
+from open_autoglm.serving.engine import Engine, EngineLost, NotFinite
 from open_autoglm.serving.messages import EngineOptions, Finish, Generation, Sampling, Token
 from open_autoglm.serving.metrics import Metrics
 from open_autoglm.serving.text import TextStream
@@ -176,7 +176,7 @@ class Service:
         return metrics.exposition()
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
-        """The answer, piece by piece, to one who holds a place. Raises EngineLost."""
+        """The answer, piece by piece, to one who holds a place. Raises EngineLost, NotFinite."""
         generation = Generation(
             id=str(next(self._numbers)),
             prompt=asked.prompt,
@@ -198,6 +198,9 @@ class Service:
                     yield piece
                     if piece.finish is not None:
                         return
+        except NotFinite:
+            seen.not_finite()
+            raise
         except EngineLost:
             seen.failed()
             raise

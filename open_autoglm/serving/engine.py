@@ -16,6 +16,8 @@ from typing import Literal
 from open_autoglm.serving.messages import Command, EngineOptions, Generation, Load, Ready, Report, Token
 
 State = Literal["starting", "ready", "restarting", "closed"]
+ErrorCode = Literal["engine_lost", "not_finite"]
+"""Why there is no answer, as clients are told."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _STEADY_S = 60.0
@@ -27,13 +29,13 @@ _LONGEST_LINE = 1 << 24
 class EngineLost(Exception):
     """The engine ended before the answer did, or is not there; the same request may succeed later."""
 
-    code = "engine_lost"
+    code: ErrorCode = "engine_lost"
 
 
 class NotFinite(EngineLost):
     """The model computed NaN or infinity; the engine lives, but this request has no answer from it."""
 
-    code = "not_finite"
+    code: ErrorCode = "not_finite"
 
 
 class Engine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,9 +83,11 @@ class Service:
     options: ServiceOptions
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    begun: int = 0
+    """Answers ever begun; of these ``ended`` have ended, well or not."""
+    ended: int = 0
     _inside: int = 0
     _pace: _Pace = field(default_factory=_Pace)
-    _numbers: Any = field(default_factory=itertools.count)
 
     # ── prompts ──────────────────────────────────────────────────────────────────────────────────
 
@@ -178,7 +179,7 @@ class Service:
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
         """The answer, piece by piece, to one who holds a place. Raises EngineLost, NotFinite."""
         generation = Generation(
-            id=str(next(self._numbers)),
+            id=str(self.begun),
             prompt=asked.prompt,
             max_tokens=asked.max_tokens,
             sampling=asked.sampling,
@@ -186,6 +187,7 @@ class Service:
         )
         seen, begin = self.metrics.request(len(asked.prompt)), time.monotonic()
         text = TextStream(self.tokenizer.backend_tokenizer, asked.prompt, asked.stop)
+        self.begun += 1
         try:
             async with contextlib.aclosing(self.engine.generate(generation)) as tokens:
                 async for token in tokens:
@@ -207,6 +209,8 @@ class Service:
         except (asyncio.CancelledError, GeneratorExit):
             seen.finished("abort")
             raise
+        finally:
+            self.ended += 1
 
 
 def _resident_bytes(pid: int | None) -> int:

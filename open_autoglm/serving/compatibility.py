@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from open_autoglm.bundle import end_token_ids, evidence_of, open_bundle
 from open_autoglm.hardware import read_memory
 from open_autoglm.schemas import Manifest
-from open_autoglm.serving.exam import Check, CheckName, Exam
+from open_autoglm.serving.exam import Check, Exam
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.units import quantity
 
@@ -21,13 +21,18 @@ _NO_MEANING = ("version", "truncation", "padding")
 """Sections of ``tokenizer.json`` on which the ids of a prompt do not depend."""
 
 
+Acceptable = Literal["end_tokens", "context", "chat_template", "memory"]
+"""What may be wanted otherwise. Not the tokenizer: the same prompt would be another text to each of the two,
+and nothing of what they answer could be compared."""
+
+
 def compatibility(
-    newcomer: EngineOptions, running: EngineOptions | None, accept: Collection[CheckName] = ()
+    newcomer: EngineOptions, running: EngineOptions | None, accept: Collection[Acceptable] = ()
 ) -> Exam:
     """What the files say of a ``newcomer`` started with these options, beside what is ``running``.
 
-    ``accept`` names checks whose difference is wanted. Reads small files only, but does read: call it in a
-    thread. Raises UserError if a manifest is damaged.
+    ``accept`` names the checks whose difference is wanted. Reads files of a few MiB: call it in a thread.
+    Raises UserError if a manifest is damaged.
     """
     manifest, _ = open_bundle(newcomer.bundle, verify=False)
     checks = [] if running is None else [*_same_language(newcomer, running), _context(newcomer, running)]

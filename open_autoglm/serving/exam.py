@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from open_autoglm.bundle import evidence_of
 from open_autoglm.measure.comparison import compare
 from open_autoglm.measure.statistics import median_interval
@@ -26,7 +28,9 @@ CheckName = Literal[
 ]
 
 NEAR_TIE_NATS = 0.5
-"""A token whose probability is within this of the likeliest's may become the likeliest by rounding."""
+"""A token whose probability is within this of the likeliest's may become the likeliest by rounding. Weights
+and activations of 8 bits, which are far coarser than another order of summation, left the demo model's own
+text at tokens that were behind by 0.32 nats at most."""
 
 _LIKELIEST = 20
 
@@ -89,6 +93,8 @@ class _Fork(NamedTuple):
     """Where an answer left the reference's."""
 
     prompt: int
+    of: int
+    """Tokens of that prompt's answer that it had right in its study."""
     token: int
     nats: float
     """By how much the newcomer finds its own token likelier; infinite if the other is far behind."""
@@ -106,19 +112,23 @@ async def _golden(newcomer: Service, golden: Sequence[GoldenPrompt]) -> Check:
     if not fitting:
         why = "its bundle holds none" if not golden else "they do not fit into a slot"
         return Check(name="golden_prompts", ok=True, told=f"not checked: {why}")
-    compared, forks = sum(one.same_tokens for one in fitting), list[_Fork]()
+    forks: list[_Fork] = []
     try:
         for number, one in enumerate(fitting, start=1):
             forks += await _forks(newcomer, number, one)
     except EngineLost as error:
         return Check(name="golden_prompts", ok=False, told=f"at golden prompt {number}: {error}")
-    wrong = [fork for fork in forks if fork.nats > NEAR_TIE_NATS]
-    told = f"of {compared} tokens that it had right in its study, {compared - len(forks)} are the same"
-    if forks:
-        told += f" and {len(forks) - len(wrong)} within {NEAR_TIE_NATS:g} nats of the likeliest"
-    if wrong:
-        told += f"; it first went wrong at token {wrong[0].token} of golden prompt {wrong[0].prompt}"
-    return Check(name="golden_prompts", ok=not wrong, told=told)
+    known = sum(one.same_tokens for one in fitting)
+    told = (
+        f"{known} tokens of {len(fitting)} golden prompts, {len(forks)} of them otherwise than in its study"
+    )
+    wrong = next((fork for fork in forks if fork.nats > NEAR_TIE_NATS), None)
+    if wrong is not None:
+        told = (
+            f"token {wrong.token} of golden prompt {wrong.prompt}, of which it had {wrong.of} right in its "
+        )
+        told += f"study, is another one, and likelier by {wrong.nats:.1f} nats: no rounding does that"
+    return Check(name="golden_prompts", ok=wrong is None, told=told)
 
 
 async def _forks(newcomer: Service, number: int, golden: GoldenPrompt) -> list[_Fork]:
@@ -134,11 +144,10 @@ async def _forks(newcomer: Service, number: int, golden: GoldenPrompt) -> list[_
         differing = (place for place, (ours, right) in pairs if ours != right)
         if (place := next(differing, None)) is None:
             return found
-        found.append(_Fork(number, at + place + 1, _behind(said, place, answer[at + place])))
+        found.append(_Fork(number, len(answer), at + place + 1, _behind(said, place, answer[at + place])))
         if found[-1].nats > NEAR_TIE_NATS:
             return found
         at += place + 1
-    return found
     return found
 
 
@@ -154,7 +163,8 @@ def _behind(said: Replay, place: int, token: int) -> float:
 async def _latency(newcomer: Service, running: Service | None, evidence: BundleEvidence) -> Check:
     """A few requests as in its study, though not longer than some; refused only if too slow beyond doubt."""
     shape = _probe_shape(newcomer, running, evidence.request)
-    text = tuple(newcomer.tokenizer(read("technical", "eval")[:_TEXT_CHARACTERS])["input_ids"])
+    some = read("technical", "eval")[:_TEXT_CHARACTERS]
+    text = newcomer.tokenizer.encode(some, add_special_tokens=False, verbose=False)
     prompts = [_cut(text, number * shape.prompt_tokens, shape.prompt_tokens) for number in range(_PROBES + 1)]
     ours: list[Replay] = []
     theirs: list[Replay] = []
@@ -202,8 +212,6 @@ def _against_running(found: Comparison, shape: RequestShape) -> Check:
 
 def _against_figures(e2e_ms: Sequence[float], shape: RequestShape, evidence: BundleEvidence) -> Check:
     """Alone it is held to its own study, scaled to this shape: a prompt's time grows with its length."""
-    import numpy as np
-
     ttft, tpot, request = evidence.metrics.get("ttft_ms"), evidence.metrics.get("tpot_ms"), evidence.request
     low, _ = median_interval(np.array(e2e_ms))
     took = f"{shape.prompt_tokens}/{shape.output_tokens} tokens took {_ms(float(np.median(e2e_ms)))}"

@@ -104,7 +104,7 @@ def judge(
     champion_quality: QualityReport | None,
     policy: Policy,
 ) -> Verdict:
-    """The verdict by now; once it is not ``wait``, more samples do not change what the looks found.
+    """The verdict by now. Act on the first that is not ``wait``: times are not looked at again after that.
 
     Without both quality reports first tokens are not held to anything. The first call imports SciPy, about a
     second: call it in a thread.

@@ -203,9 +203,9 @@ class RequestShape(Model):
 
     model_config = ConfigDict(extra="ignore")
 
-    batch_size: int
-    prompt_tokens: int
-    output_tokens: int
+    batch_size: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1)
 
 
 class MedianFigure(Model):
@@ -214,7 +214,7 @@ class MedianFigure(Model):
     model_config = ConfigDict(extra="ignore")
 
     unit: str
-    median: float
+    median: float = Field(ge=0, allow_inf_nan=False)
 
 
 class BundleEvidence(Model):

@@ -28,9 +28,11 @@ from open_autoglm.generation import greedy
 from open_autoglm.schemas import (
     FORMAT_VERSION,
     Bundle,
+    BundleEvidence,
     Candidate,
     Checkpoint,
     FileDigest,
+    GoldenPrompt,
     Manifest,
     Study,
     Trial,
@@ -57,15 +59,16 @@ _RUNTIMES = {
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_bundle(study: Study, trial: Trial, directory: Path) -> Bundle:
+def build_bundle(study: Study, trial: Trial, directory: Path, golden: Sequence[GoldenPrompt] = ()) -> Bundle:
     """Write ``trial``'s deployable files to ``directory``, replacing what is there, all or nothing.
 
     The digest covers the files and the candidate, not dates or studies: the same winner has the same one.
+    ``golden`` prompts are evidence of a study too, so they are in the manifest and not among the files.
     Raises CheckpointError if the checkpoint is no longer the one that was measured.
     """
     with directory_atomic(directory) as root:
         files = _place_files(study, trial, root)
-        manifest = _manifest(study, trial, files)
+        manifest = _manifest(study, trial, files, golden)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     return _describe(directory, manifest)
 
@@ -107,7 +110,9 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _manifest(study: Study, trial: Trial, files: tuple[FileDigest, ...]) -> Manifest:
+def _manifest(
+    study: Study, trial: Trial, files: tuple[FileDigest, ...], golden: Sequence[GoldenPrompt]
+) -> Manifest:
     assert trial.exported is not None  # _place_files has checked it
     return Manifest(
         name=study.checkpoint.name,
@@ -121,11 +126,11 @@ def _manifest(study: Study, trial: Trial, files: tuple[FileDigest, ...]) -> Mani
         study_id=study.id,
         created=datetime.now(UTC),
         versions=_installed_versions(trial.candidate),
-        evidence=_evidence(study, trial),
+        evidence=_evidence(study, trial, golden),
     )
 
 
-def _evidence(study: Study, trial: Trial) -> dict[str, Any]:
+def _evidence(study: Study, trial: Trial, golden: Sequence[GoldenPrompt]) -> dict[str, Any]:
     """The figures the bundle was chosen by; the raw samples stay with the study."""
     asked = {"batch_size", "prompt_tokens", "output_tokens", "objective"}
     facts = {"unit", "median", "interval", "samples", "p95", "p95_indicative"}
@@ -135,6 +140,8 @@ def _evidence(study: Study, trial: Trial) -> dict[str, Any]:
         "verdict": list(study.verdict.reasons),
         "metrics": {name: m.model_dump(mode="json", include=facts) for name, m in trial.metrics.items()},
         "quality": trial.quality.model_dump(mode="json") if trial.quality else None,
+        "kv_bytes_per_token": study.analysis.profile.kv_bytes_per_token(32),
+        "golden": [prompt.model_dump(mode="json") for prompt in golden],
     }
 
 
@@ -206,6 +213,17 @@ def _describe(directory: Path, manifest: Manifest) -> Bundle:
     return Bundle(
         path=directory, digest=digest_of(content), size_bytes=sum(file.size_bytes for file in manifest.files)
     )
+
+
+def evidence_of(manifest: Manifest) -> BundleEvidence:
+    """What the study that built the bundle found; a version that kept less leaves it empty.
+
+    Raises UserError if it is damaged: the manifest vouches for the files, and nothing for itself.
+    """
+    try:
+        return BundleEvidence.model_validate(manifest.evidence)
+    except ValueError as error:
+        raise UserError(f"the evidence of {manifest.name} is damaged: build the bundle again") from error
 
 
 def open_session(directory: Path, manifest: Manifest, options: SessionOptions) -> Session:
@@ -310,9 +328,17 @@ class BundleModel:
 
 def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
     """Where generation ends, by the first to say so: generation config, config, tokenizer."""
+    ids = end_token_ids(directory)
+    if ids is not None:
+        return ids
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+
+def end_token_ids(directory: Path) -> frozenset[int] | None:
+    """Where the configs say that generation ends; None if they leave it to the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
         if ids is not None:
             return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+    return None

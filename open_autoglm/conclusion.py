@@ -17,7 +17,17 @@ from open_autoglm.measure.racing import BUDGET_HEATS
 from open_autoglm.objectives import final_of
 from open_autoglm.quality.gates import check_results
 from open_autoglm.report import write_report
-from open_autoglm.schemas import Analysis, Incumbent, Model, OptimizeSpec, Race, Study, Trial, Verdict
+from open_autoglm.schemas import (
+    Analysis,
+    GoldenPrompt,
+    Incumbent,
+    Model,
+    OptimizeSpec,
+    Race,
+    Study,
+    Trial,
+    Verdict,
+)
 from open_autoglm.selection import choose
 from open_autoglm.study import save_study, save_trial
 from open_autoglm.tracking import Tracker
@@ -120,15 +130,16 @@ def _not_measured(bench: Bench, trials: Sequence[Trial]) -> tuple[str, ...]:
     return tuple(told)
 
 
-def deliver(study: Study, tracker: Tracker, parent_run_id: str) -> Study:
+def deliver(study: Study, golden: Sequence[GoldenPrompt], tracker: Tracker, parent_run_id: str) -> Study:
     """Bundle and register the champion, write report and figures, log everything, store the study.
 
-    In a tie nothing is registered: what was registered stays. Repeating it after a crash ends in the same
+    The bundle takes the champion's ``golden`` prompts along. In a tie nothing is registered: what was
+    registered stays. Repeating it after a crash ends in the same
     state.
     """
     root = study.output_dir
     if study.champion is not None and study.verdict.kind == "champion":
-        bundle = build_bundle(study, study.trial(study.champion), root / "bundle")
+        bundle = build_bundle(study, study.trial(study.champion), root / "bundle", golden)
         study = study.model_copy(update={"bundle": bundle})
         registration = tracker.register_champion(study, bundle, parent_run_id)
     else:

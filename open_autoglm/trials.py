@@ -20,12 +20,13 @@ from open_autoglm.measure.lease import device_lease
 from open_autoglm.measure.scenarios import LEAD_IN_TOKENS
 from open_autoglm.memo import Memo, key_of
 from open_autoglm.progress import announce
-from open_autoglm.quality.reference import EvaluationSet
+from open_autoglm.quality.reference import EvaluationSet, golden_prompts
 from open_autoglm.schemas import (
     Analysis,
     Candidate,
     Checkpoint,
     ExportedModel,
+    GoldenPrompt,
     Hardware,
     Model,
     OptimizeSpec,
@@ -321,8 +322,7 @@ def score_job(bench: Bench, reference: Path, windows: int | None = None) -> jobs
 def prepare_reference(bench: Bench, analysis: Analysis, settings: Settings) -> Path | Failure:
     """The reference's predictions: computed once per checkpoint and evaluation set, then reused."""
     candidate = reference_candidate(analysis, bench.spec)
-    key = key_of("reference", bench.checkpoint.digest, bench.evaluation_set.sha256)
-    path = settings.home / "references" / f"{key[:32]}.npz"
+    path = reference_path(bench, settings)
     log = bench.study.log_path("reference")
     with file_lock(path.with_suffix(".lock")):
         if path.exists():
@@ -339,6 +339,20 @@ def prepare_reference(bench: Bench, analysis: Analysis, settings: Settings) -> P
                 return talk.ask("make_reference", job, jobs.ReferenceDone).path
         except Stopped as stopped:
             return stopped.failure
+
+
+def reference_path(bench: Bench, settings: Settings) -> Path:
+    """Where the reference's predictions are kept, or will be."""
+    key = key_of("reference", bench.checkpoint.digest, bench.evaluation_set.sha256)
+    return settings.home / "references" / f"{key[:32]}.npz"
+
+
+def golden_of(bench: Bench, trial: Trial, settings: Settings) -> tuple[GoldenPrompt, ...]:
+    """What a server of ``trial`` can be tried by; nothing if it was not judged."""
+    if trial.quality is None:
+        return ()
+    path = reference_path(bench, settings)
+    return golden_prompts(bench.evaluation_set, path, trial.quality.greedy_same_tokens)
 
 
 def reference_candidate(analysis: Analysis, spec: OptimizeSpec) -> Candidate:

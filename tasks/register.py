@@ -18,7 +18,7 @@ from open_autoglm.schemas import Analysis, OptimizeSpec, Study, Trial
 from open_autoglm.settings import Settings
 from open_autoglm.study import StudyRef
 from open_autoglm.tracking import Tracker, registered_name
-from open_autoglm.trials import Bench, screen_trial
+from open_autoglm.trials import Bench, golden_of, screen_trial
 from tasks.artifacts import publish
 from tasks.progress import unit_done
 
@@ -56,7 +56,10 @@ def admit_incumbent(
 def register(bench: Bench, analysis: Analysis, standings: Standings, mlflow_run_id: str) -> Study:
     """Choose, gate, bundle, register, report. Idempotent, so a retry does no harm."""
     with preparing():
-        study = deliver(conclude(bench, analysis, standings), tracker(), mlflow_run_id)
+        study = conclude(bench, analysis, standings)
+        champion = study.trial(study.champion) if study.champion else None
+        golden = golden_of(bench, champion, Settings()) if champion else ()
+        study = deliver(study, golden, tracker(), mlflow_run_id)
         publish(study)
     unit_done(bench.study)
     announce(f"verdict: {study.verdict.kind} {study.champion or ''}".rstrip())

@@ -27,7 +27,7 @@ def bundles(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """Two of the same checkpoint: exact, and with rounded weights."""
     root = tmp_path_factory.mktemp("served")
     exact = onnxruntime_bundle(tiny_glm, root / "exact")
-    return exact, onnxruntime_bundle(tiny_glm, root / "rounded", _EIGHT_BITS)
+    return exact, onnxruntime_bundle(tiny_glm, root / "rounded", number=_EIGHT_BITS)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 from studies import demo_hardware
 
 from open_autoglm import engines
+from open_autoglm.bundle import evidence_of, open_bundle
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
 from open_autoglm.measure.isolation import Failure
@@ -175,7 +176,10 @@ def test_the_directory_holds_the_whole_study(study: Study) -> None:
     page = (root / "report.html").read_text()
     for trial in study.trials:
         assert trial.id in page
-    assert (root / "bundle" / "manifest.json").is_file()
+    manifest, _ = open_bundle(root / "bundle")
+    quality = study.trial(study.champion or "").quality
+    assert quality is not None
+    assert [one.same_tokens for one in evidence_of(manifest).golden] == list(quality.greedy_same_tokens)
     assert (root / "data-docs" / "index.html").is_file()
     timed = {f"{trial.id}.json" for trial in study.trials if trial.measurements is not None}
     assert {path.name for path in (root / "samples").iterdir()} == timed

@@ -19,6 +19,8 @@ from open_autoglm.quality.reference import (
     Layout,
     Reference,
     compute_reference,
+    continue_greedily,
+    golden_prompts,
     log_probs_of,
 )
 from open_autoglm.quality.texts import TEXTS
@@ -500,3 +502,20 @@ def test_not_finite_while_verifying_is_located(
     first = int(np.flatnonzero(tokens[0, 0, LAYOUT.prompt_tokens :] == tokens[0, 0, at])[0])
     place = Place(text=TEXTS[0], window=0, position=LAYOUT.prompt_tokens + first)
     assert str(place) in report.not_finite
+
+
+# ── golden prompts ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_golden_prompts_are_what_was_continued(
+    table: Logits, tokens: Tokens, evaluation_set: EvaluationSet, reference: Path
+) -> None:
+    """The beginning of each text's first window, with what the reference says next, and what of it the
+    report says the candidate said too."""
+    report = score(TableSession(noisy(table, 0.7)), evaluation_set, reference)
+    golden = golden_prompts(evaluation_set, reference, report.greedy_same_tokens)
+    assert [one.same_tokens for one in golden] == list(report.greedy_same_tokens)
+    for one, text in zip(golden, tokens, strict=True):
+        assert list(one.prompt) == text[0, : LAYOUT.prompt_tokens].tolist()
+        said = continue_greedily(TableSession(table), np.array([one.prompt]), LAYOUT.greedy_tokens)
+        assert list(one.answer) == said[0].tolist()

@@ -232,6 +232,62 @@ def test_nothing_is_kept_if_that_is_asked_for() -> None:
     assert scheduler.load.cached_tokens == 0
 
 
+def test_a_fresh_request_reads_all_of_its_prompt() -> None:
+    """What is in the cache favours nobody who is timed, and the slot that holds most is left to others."""
+    session = RuledSlots(2)
+    scheduler = Scheduler(session, 2, chunk_tokens=None)
+    prompt = list(range(20))
+    scheduler.add(generation("one", prompt, 3))
+    run(scheduler)
+    session.calls.clear()
+    scheduler.add(generation("again", prompt, 3, fresh=True))
+    assert all(token.cached_tokens == 0 for token in run(scheduler))
+    assert session.calls[0] == ("append", 20)
+    assert [len(text) for text in session.texts] == [22, 22]
+
+
+class BrokenSlots(RuledSlots):
+    """Computes NaN for every text that holds a certain token."""
+
+    BAD = 7
+
+    def _answer(self, slot: int) -> Logits:
+        logits = super()._answer(slot)
+        if self.BAD in self.texts[slot]:
+            logits[3] = np.nan
+        return logits
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"logprobs": 2}], ids=str)
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_what_is_not_finite_is_no_token(sampling: dict[str, float], drafts: int) -> None:
+    """NaN wins every argmax: it would be answered as if it were text. Nothing of its cache is used again,
+    and the others are answered."""
+    session = BrokenSlots(2)
+    scheduler = Scheduler(session, 2, None, draft_tokens=drafts)
+    scheduler.add(generation("bad", [1, 2, BrokenSlots.BAD], 8, sampling=sampling))
+    scheduler.add(generation("good", [1, 2], 1))
+    found = run(scheduler)
+    bad = [token for token in found if token.id == "bad"]
+    assert [(token.token, token.not_finite, token.finish) for token in bad] == [(None, True, None)]
+    assert answers(found)["good"] == expected(generation("good", [1, 2], 1))
+    assert scheduler.load.running == 0
+    assert scheduler.load.cached_tokens == 2
+
+
+def test_an_answer_may_break_in_its_middle() -> None:
+    """Its tokens so far were right; then it ends, with drafts as without."""
+    for drafts in (0, 3):
+        start = next(n for n in range(VOCAB) if BrokenSlots.BAD in expected(generation("", [n], 9))[1:-2])
+        answer = expected(generation("", [start], 9))
+        scheduler = Scheduler(BrokenSlots(1), 1, None, draft_tokens=drafts)
+        scheduler.add(generation("one", [start], 9))
+        found = run(scheduler)
+        until = answer.index(BrokenSlots.BAD) + 1
+        assert [token.token for token in found] == [*answer[:until], None]
+        assert found[-1].not_finite
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_a_cancelled_request_makes_room(steps: int) -> None:
     """Waiting, reading or writing: its slot is free, and the others never notice."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from open_autoglm.measure.statistics import (
     P95_SAMPLES,
+    chance_of_so_few,
     least_samples,
     median_interval,
     percentile_holds,
@@ -105,6 +106,14 @@ def test_a_limit_that_is_broken_passes_at_most_once_in_a_hundred() -> None:
     samples = np.random.default_rng(3).random((2000, 90))
     passed = [percentile_holds(sample.tolist(), 0.94, 0.95) is True for sample in samples]
     assert np.mean(passed) < 0.01
+
+
+def test_too_few_successes_are_told_from_bad_luck() -> None:
+    """By the binomial distribution: all of them are always within it, none of ten of 0.9 hardly ever."""
+    assert chance_of_so_few(10, 10, 0.9) == pytest.approx(1)
+    assert chance_of_so_few(0, 10, 0.9) == pytest.approx(0.1**10)
+    assert chance_of_so_few(9, 10, 1.0) == 0
+    assert chance_of_so_few(8, 10, 0.9) == pytest.approx(1 - 10 * 0.9**9 * 0.1 - 0.9**10)
 
 
 def test_a_figure_without_samples_is_refused() -> None:

@@ -65,6 +65,17 @@ def least_samples(percentile: float, violations: int = 0, confidence: float = 0.
     return int(np.ceil(bdtrin(violations, 1 - confidence, 1 - percentile)))
 
 
+def chance_of_so_few(successes: int, count: int, promised: float) -> float:
+    """How likely at most so many ``successes`` in ``count`` are if their true share is ``promised``.
+
+    The one-sided exact binomial test (Conover, *Practical Nonparametric Statistics*, 3.1).
+    Raises ValueError if ``count`` is 0 or ``promised`` no share.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(successes, count, promised, alternative="less").pvalue)
+
+
 def percentile_holds(
     values: Sequence[float], limit: float, percentile: float, confidence: float = 0.99
 ) -> bool | None:

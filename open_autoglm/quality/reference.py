@@ -23,7 +23,7 @@ from open_autoglm.errors import CheckpointError, UserError
 from open_autoglm.files import sha256_file, write_atomic
 from open_autoglm.generation import greedy
 from open_autoglm.quality.texts import TEXTS, load_tokenizer, windows
-from open_autoglm.schemas import Checkpoint, Model, OptimizeSpec
+from open_autoglm.schemas import Checkpoint, GoldenPrompt, Model, OptimizeSpec
 
 SHORTEST_PROMPT_TOKENS = 128
 LONGEST_PROMPT_TOKENS = 2048
@@ -118,6 +118,19 @@ class Reference:
                 predictions=Predictions(*(saved[name] for name in Predictions._fields)),
                 greedy=saved["greedy"],
             )
+
+
+def golden_prompts(
+    evaluation_set: EvaluationSet, reference: Path, same_tokens: Sequence[int]
+) -> tuple[GoldenPrompt, ...]:
+    """The prompts that were continued greedily, with the reference's continuations; ``same_tokens`` are a
+    report's ``greedy_same_tokens``. Raises ValueError if the files are not those of the evaluation."""
+    prompts = evaluation_set.load()[:, 0, : evaluation_set.layout.prompt_tokens]
+    answers = Reference.load(reference, evaluation_set).greedy
+    return tuple(
+        GoldenPrompt(prompt=tuple(prompt.tolist()), answer=tuple(answer.tolist()), same_tokens=same)
+        for prompt, answer, same in zip(prompts, answers, same_tokens, strict=True)
+    )
 
 
 class NonFiniteError(ArithmeticError):

@@ -216,6 +216,14 @@ class PathQuality(Model):
         return 1 - self.top1_agreement
 
 
+class GoldenPrompt(Model):
+    """A prompt of the quality evaluation and what the reference answers, to try a served bundle by."""
+
+    prompt: tuple[int, ...] = Field(min_length=1, description="token ids")
+    answer: tuple[int, ...] = Field(description="the fp32 reference's likeliest tokens")
+    same_tokens: int = Field(description="of these, leading ones that the candidate generated too")
+
+
 class QualityReport(Model):
     """The judgement of one candidate's output against the fp32 reference."""
 

@@ -7,13 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from open_autoglm.schemas.base import FORMAT_VERSION, STUDY_FORMAT_VERSION, Model
 from open_autoglm.schemas.candidates import Candidate, ExportedModel, Workload
 from open_autoglm.schemas.evidence import (
     Comparison,
     Fall,
+    GoldenPrompt,
     Measurements,
     Metric,
     QualityReport,
@@ -195,3 +196,34 @@ class Manifest(Model):
     created: datetime
     versions: dict[str, str]
     evidence: dict[str, Any]
+
+
+class RequestShape(Model):
+    """The requests a bundle's figures are of."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    batch_size: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1)
+
+
+class MedianFigure(Model):
+    """A bundle's figure, without its raw samples."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    unit: str
+    median: float = Field(ge=0, allow_inf_nan=False)
+
+
+class BundleEvidence(Model):
+    """What a manifest's ``evidence`` says to who serves the bundle; the rest of it is for people."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    request: RequestShape | None = None
+    metrics: dict[str, MedianFigure] = Field(default_factory=dict)
+    quality: QualityReport | None = None
+    kv_bytes_per_token: int | None = Field(None, description="in fp32: the most an engine's cache takes")
+    golden: tuple[GoldenPrompt, ...] = ()

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from open_autoglm.errors import UserError
 from open_autoglm.serving.admin import admin_routes
-from open_autoglm.serving.engine import EngineLost
+from open_autoglm.serving.engine import EngineLost, NotFinite
 from open_autoglm.serving.fleet import Fleet, Rejected
 from open_autoglm.serving.messages import Sampling
 from open_autoglm.serving.openai_answers import CHAT, COMPLETION, Answer, Choice, Json, Usage, error_body
@@ -252,7 +252,7 @@ async def _events(
                 yield event(answer.chunk(index, piece))
         except EngineLost as error:
             # The status is out already; clients raise what an event calls an error.
-            yield event(error_body(_lost(error), "engine_error", code="engine_lost"))
+            yield event(error_body(_lost(error), "engine_error", code=error.code))
             return
         if usage:
             yield event(answer.usage_chunk())
@@ -260,7 +260,7 @@ async def _events(
 
 
 def _lost(error: EngineLost) -> str:
-    return f"{error}: send the request again"
+    return str(error) if isinstance(error, NotFinite) else f"{error}: send the request again"
 
 
 def _json(content: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -343,12 +343,16 @@ def _add_errors(app: FastAPI) -> None:
             return told(429, "rate_limit_error", str(error), code="queue_full", headers=retry)
         return told(503, "overloaded_error", str(error), code="deadline", headers=retry)
 
+    @app.exception_handler(NotFinite)
+    async def not_finite(_request: Request, error: NotFinite) -> Response:
+        return told(500, "engine_error", _lost(error), code=error.code)
+
     @app.exception_handler(EngineLost)
     async def lost(_request: Request, error: EngineLost) -> Response:
         return told(
             503,
             "engine_error",
             _lost(error),
-            code="engine_lost",
+            code=error.code,
             headers={"Retry-After": str(_LOST_RETRY_S)},
         )

@@ -16,6 +16,8 @@ from typing import Literal
 from open_autoglm.serving.messages import Command, EngineOptions, Generation, Load, Ready, Report, Token
 
 State = Literal["starting", "ready", "restarting", "closed"]
+ErrorCode = Literal["engine_lost", "not_finite"]
+"""Why there is no answer, as clients are told."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _STEADY_S = 60.0
@@ -26,6 +28,14 @@ _LONGEST_LINE = 1 << 24
 
 class EngineLost(Exception):
     """The engine ended before the answer did, or is not there; the same request may succeed later."""
+
+    code: ErrorCode = "engine_lost"
+
+
+class NotFinite(EngineLost):
+    """The model computed NaN or infinity; the engine lives, but this request has no answer from it."""
+
+    code: ErrorCode = "not_finite"
 
 
 class Engine:
@@ -147,7 +157,7 @@ class Engine:
     # ── work ─────────────────────────────────────────────────────────────────────────────────────
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Token]:
-        """The tokens of one answer, each as soon as it is known. Raises EngineLost.
+        """The tokens of one answer, each as soon as it is known. Raises EngineLost, NotFinite.
 
         Leaving the iterator early cancels the generation and frees its slot.
         """
@@ -162,7 +172,9 @@ class Engine:
                 if token is None:
                     ended = True
                     raise EngineLost("the engine ended before the answer did")
-                ended = token.finish is not None
+                ended = token.ends
+                if token.not_finite:
+                    raise NotFinite("the model computed NaN or infinity instead of a token")
                 yield token
         finally:
             del self._answers[generation.id]

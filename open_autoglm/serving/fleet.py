@@ -19,6 +19,7 @@ from typing import Literal
 from open_autoglm.bundle import open_bundle
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Manifest, Model
+from open_autoglm.serving.compatibility import compatibility
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.exam import Check, Exam, examine
 from open_autoglm.serving.messages import EngineOptions
@@ -69,17 +70,30 @@ class Launcher:
     service: ServiceOptions
     log: Path
 
+    async def compatibility(self, newcomer: Source, running: Source) -> Exam:
+        """What the files say of it. Raises UserError."""
+        return await asyncio.to_thread(compatibility, self._options(newcomer), self._options(running))
+
     async def launch(self, source: Source) -> Service:
         """Check the bundle and start its engine. Nothing it answers is counted before it has a role.
 
         Raises UserError, EngineLost.
         """
         manifest, bundle = await asyncio.to_thread(open_bundle, source.bundle)
-        options = self.engine.model_copy(update={"bundle": source.bundle})
         uncounted = Board(self.name).of(source.version, bundle.digest, "challenger")
         return await start_service(
-            self.name, source, manifest, bundle.digest, options, self.service, uncounted, self.log
+            self.name,
+            source,
+            manifest,
+            bundle.digest,
+            self._options(source),
+            self.service,
+            uncounted,
+            self.log,
         )
+
+    def _options(self, source: Source) -> EngineOptions:
+        return self.engine.model_copy(update={"bundle": source.bundle})
 
 
 Examine = Callable[[Service, Service, Manifest], Awaitable[Exam]]
@@ -181,11 +195,16 @@ class Fleet:
     async def _admit(self, source: Source) -> Service:
         """A service that has passed its exam. Raises Rejected."""
         try:
+            files = await self._launcher.compatibility(source, self.champion.source)
+            if not files.passed:
+                raise self._rejected(
+                    f"{source.bundle} was refused: {'; '.join(files.refusals)}", files.checks
+                )
             newcomer = await self._launcher.launch(source)
         except (UserError, EngineLost) as error:
             raise self._rejected(str(error)) from error
         try:
-            exam = await self._examine(newcomer, self.champion, newcomer.manifest)
+            exam = files + await self._examine(newcomer, self.champion, newcomer.manifest)
         except EngineLost as error:
             await newcomer.engine.close()
             raise self._rejected(f"{called(newcomer)} was lost in its exam: {error}") from error
@@ -194,8 +213,7 @@ class Fleet:
             raise
         if not exam.passed:
             await newcomer.engine.close()
-            failed = "; ".join(check.told for check in exam.checks if not check.ok)
-            raise self._rejected(f"{called(newcomer)} was refused: {failed}", exam.checks)
+            raise self._rejected(f"{called(newcomer)} was refused: {'; '.join(exam.refusals)}", exam.checks)
         return newcomer
 
     def _rejected(self, reason: str, checks: Sequence[Check] = ()) -> Rejected:

@@ -29,6 +29,7 @@ class Generation(Model):
     max_tokens: int = Field(ge=1)
     sampling: Sampling = Sampling()
     stop_tokens: tuple[int, ...] = Field((), description="ids that end the answer, and are not part of it")
+    fresh: bool = Field(False, description="reads all of the prompt, whatever of it is in the cache")
 
 
 class Token(Model):
@@ -37,9 +38,15 @@ class Token(Model):
     id: str = Field(description="of its generation")
     token: int | None = Field(description="None: the answer ended before another one")
     finish: Finish | None = None
+    not_finite: bool = Field(False, description="the logits held NaN or infinity, and there is no token")
     cached_tokens: int = Field(0, description="of the prompt, read for an earlier request; said once")
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = Field((), description="ids and natural logarithms, best first")
+
+    @property
+    def ends(self) -> bool:
+        """Nothing follows."""
+        return self.finish is not None or self.not_finite
 
 
 class Load(Model):

@@ -71,6 +71,9 @@ class Board:
         self.finished = counter("vllm:request_success", "Answers by how they ended", "finished_reason")
         self.refused = counter("autoglm_requests_refused", "Requests that were not let in", "reason")
         self.failed = counter("autoglm_requests_failed", "Answers lost by a crash")
+        self.not_finite = counter(
+            "autoglm_requests_not_finite", "Answers given up because logits were NaN or infinite"
+        )
 
     def _make_state(self) -> None:
         def gauge(name: str, told: str) -> Gauge:
@@ -115,6 +118,7 @@ class Metrics:
         self._prompt = board.prompt.labels(*values)
         self._prompts = board.prompts.labels(*values)
         self._failed = board.failed.labels(*values)
+        self._not_finite = board.not_finite.labels(*values)
 
     def show(self, state: State) -> None:
         """How it is now, until `hide`."""
@@ -140,6 +144,10 @@ class Metrics:
     def failed(self) -> None:
         """An answer was lost with the engine."""
         self._failed.inc()
+
+    def not_finite(self) -> None:
+        """The model had no answer."""
+        self._not_finite.inc()
 
 
 class RequestTimes:
@@ -178,3 +186,7 @@ class RequestTimes:
     def failed(self) -> None:
         """The answer was lost with the engine."""
         self._metrics.failed()
+
+    def not_finite(self) -> None:
+        """The model had no answer."""
+        self._metrics.not_finite()

@@ -119,18 +119,18 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free:
             generation = self._waiting.popleft()
-            slot, common = self._place(generation.prompt)
+            slot, common = self._place(generation)
             self._free.discard(slot)
             self._session.truncate(slot, common)
             del self._held[slot][common:]
             self._reading.append(_Running(generation, slot, common, self._draft_tokens))
 
-    def _place(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """The free slot that holds most of the beginning of ``prompt``, and how much of it."""
-        if not self._reuse:
-            return min(self._free), 0
+    def _place(self, generation: Generation) -> tuple[int, int]:
+        """The free slot that holds most of the beginning of the prompt, and how much of it."""
+        if not self._reuse or generation.fresh:
+            return min(self._free, key=lambda slot: (len(self._held[slot]), slot)), 0
         # One token is left to read, since its logits are wanted.
-        shared = {slot: _common(self._held[slot], prompt[:-1]) for slot in self._free}
+        shared = {slot: _common(self._held[slot], generation.prompt[:-1]) for slot in self._free}
         slot = max(sorted(self._free), key=lambda slot: (shared[slot], -len(self._held[slot])))
         return slot, shared[slot]
 
@@ -183,7 +183,7 @@ class Scheduler:
         for logits in every[: right + 1]:
             held.append(running.last)
             found.append(self._next(running, logits))
-            if found[-1].finish is not None:
+            if found[-1].ends:
                 break
         self._session.truncate(running.slot, len(held))
         return found
@@ -191,6 +191,10 @@ class Scheduler:
     def _next(self, running: _Running, logits: Logits) -> Token:
         """Choose the next token of ``running``, which leaves if that ends its answer."""
         generation = running.generation
+        if not np.isfinite(logits).all():
+            self._leave(running)
+            self._held[running.slot].clear()  # or its cache would spoil the next prompt that begins alike
+            return Token(id=generation.id, token=None, not_finite=True)
         chosen = choose(logits, generation.sampling, running.random)
         first = running.produced == 0
         running.produced += 1

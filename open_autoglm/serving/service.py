@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import psutil
 from open_autoglm.bundle import end_tokens
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Manifest, Model
-from open_autoglm.serving.engine import Engine, EngineLost
+from open_autoglm.serving.engine import Engine, EngineLost, NotFinite
 from open_autoglm.serving.messages import EngineOptions, Finish, Generation, Sampling, Token
 from open_autoglm.serving.metrics import Metrics, State
 from open_autoglm.serving.source import Source
@@ -87,9 +86,11 @@ class Service:
     options: ServiceOptions
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    begun: int = 0
+    """Answers ever begun; of these ``ended`` have ended, well or not."""
+    ended: int = 0
     _inside: int = 0
     _pace: _Pace = field(default_factory=_Pace)
-    _numbers: Any = field(default_factory=itertools.count)
 
     @property
     def version(self) -> str:
@@ -192,9 +193,9 @@ class Service:
         )
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
-        """The answer, piece by piece, to one who holds a place. Raises EngineLost."""
+        """The answer, piece by piece, to one who holds a place. Raises EngineLost, NotFinite."""
         generation = Generation(
-            id=str(next(self._numbers)),
+            id=str(self.begun),
             prompt=asked.prompt,
             max_tokens=asked.max_tokens,
             sampling=asked.sampling,
@@ -202,6 +203,7 @@ class Service:
         )
         seen = self.metrics.request(len(asked.prompt))
         text = TextStream(self.tokenizer.backend_tokenizer, asked.prompt, asked.stop)
+        self.begun += 1
         try:
             async with contextlib.aclosing(self.engine.generate(generation)) as tokens:
                 async for token in tokens:
@@ -213,12 +215,17 @@ class Service:
                     yield piece
                     if piece.finish is not None:
                         return
+        except NotFinite:
+            seen.not_finite()
+            raise
         except EngineLost:
             seen.failed()
             raise
         except (asyncio.CancelledError, GeneratorExit):
             seen.finished("abort")
             raise
+        finally:
+            self.ended += 1
 
 
 def _resident_bytes(pid: int | None) -> int:

@@ -293,7 +293,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        message = f"{request.url.path}: {error.detail}"
+        message = f"{request.scope['path']}: {error.detail}"
         return told(error.status_code, "invalid_request_error", message, headers=error.headers)
 
     @app.exception_handler(Overloaded)

@@ -44,8 +44,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Above no mark at all, so that `pause_writing` says at once that the client does not read.
-        transport.set_write_buffer_limits(high=0)
+        # So low that `pause_writing` says at once that the client does not read. Not 0: asyncio's TLS pauses
+        # when a mark is reached, plain sockets only when it is passed.
+        transport.set_write_buffer_limits(high=1)
         if len(self.connections) > self.patience.connections:
             self._make_room()
         self._await_head()

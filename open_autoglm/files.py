@@ -16,13 +16,13 @@ from typing import Any
 from open_autoglm.schemas import FileDigest
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
+def write_atomic(path: Path, data: str | bytes, *, mode: int = 0o644) -> None:
     """Write ``data`` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o644)  # mkstemp makes files that only their owner can read
+            os.fchmod(descriptor, mode)  # mkstemp makes files that only their owner can read
             file.write(data.encode() if isinstance(data, str) else data)
         Path(temporary).replace(path)
     except BaseException:

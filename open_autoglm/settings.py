@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from open_autoglm.errors import UserError
@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     mlflow_port: int = Field(5000, ge=1, le=65535)
     trial_timeout_s: float = Field(1800, gt=0, description="limit for one child process")
     trial_reuse_hours: float = Field(24, ge=0, description="a resumed study keeps trials younger than this")
+    api_keys: SecretStr = Field(SecretStr(""), description="of an endpoint's callers, separated by commas")
+    admin_keys: SecretStr = Field(SecretStr(""), description="of who may administer an endpoint")
 
     @model_validator(mode="wrap")
     @classmethod

@@ -130,6 +130,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the tiny GLM whose sessions have slots. Shared: copy it before changing it."""
+    from bundles import onnxruntime_bundle
+
+    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("tiny-bundle"))
+
+
+@pytest.fixture(scope="session")
 def prefect_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A temporary Prefect server and result store; 10 to 16 s, so only flow tests ask for it."""
     from prefect.settings import (

@@ -9,17 +9,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-_URL = re.compile(r"at (http://\S+)/v1")
+_URL = re.compile(r"at (https?://\S+)/v1")
 _START_S = 120
 
 
 class Endpoint:
     """One ``open-autoglm serve``."""
 
-    def __init__(self, bundle: Path, home: Path, *options: str) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        home: Path,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.home = home
         command = [sys.executable, "-m", "open_autoglm.cli", "serve", str(bundle), "--port", "0", *options]
         self.process = subprocess.Popen(
@@ -27,7 +34,12 @@ class Endpoint:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "AUTOGLM_HOME": str(home), "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "AUTOGLM_HOME": str(home),
+                "PYTHONUNBUFFERED": "1",
+                **(environment or {}),
+            },
         )
         self.said: list[str] = []
         # What it says must be read, or it stops when the pipe is full.
@@ -72,9 +84,9 @@ def metric(exposition: str, name: str, **labels: str) -> float:
 
 
 @contextlib.contextmanager
-def endpoint(bundle: Path, home: Path, *options: str) -> Iterator[Endpoint]:
+def endpoint(bundle: Path, home: Path, *options: str, **more: Any) -> Iterator[Endpoint]:
     """Serve ``bundle`` for the length of the block."""
-    server = Endpoint(bundle, home, *options)
+    server = Endpoint(bundle, home, *options, **more)
     try:
         yield server
     finally:

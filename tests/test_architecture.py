@@ -164,7 +164,9 @@ def test_runtimes_are_imported_inside_functions_only() -> None:
 HEAVY_BY_NATURE = {
     "open_autoglm/pyfunc_model.py": {"mlflow", "pandas"},  # MLflow itself runs this file
     "open_autoglm/serving/api.py": {"fastapi", "orjson", "starlette"},  # a server needs them from the start
-    "open_autoglm/serving/limits.py": {"orjson"},
+    "open_autoglm/serving/asgi.py": {"orjson"},
+    "open_autoglm/serving/connection.py": {"h11", "uvicorn"},
+    "open_autoglm/serving/local.py": {"psutil"},
     "open_autoglm/serving/metrics.py": {"prometheus_client"},
     "open_autoglm/serving/server.py": {"prometheus_client", "uvicorn"},
     "open_autoglm/serving/service.py": {"psutil"},
@@ -220,6 +222,7 @@ BROUGHT_BY = {
     "pydantic_core": "pydantic",
     "markupsafe": "jinja2",
     "starlette": "fastapi",
+    "h11": "uvicorn",
 }
 """Parts of another library's interface, of the version that library chooses."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from bundles import onnxruntime_bundle, openable_study
+from bundles import openable_study
 from endpoints import Endpoint, endpoint, metric
 
 from open_autoglm.bundle import BundleModel, build_bundle
@@ -25,8 +25,8 @@ PROMPTS = [PROMPT, "A model reads", "1, 12, 144", "When the test fails", "The fa
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("served"))
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")

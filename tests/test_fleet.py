@@ -16,6 +16,7 @@ from bundles import onnxruntime_bundle
 from endpoints import Endpoint, endpoint, metric
 
 from open_autoglm.bundle import open_bundle
+from open_autoglm.serving.local import local_endpoints
 
 NAME = "tiny"
 _EIGHT_BITS = 3
@@ -38,7 +39,10 @@ def served(bundles: tuple[Path, Path], tmp_path: Path) -> Iterator[Endpoint]:
 
 @pytest.fixture
 def admin(served: Endpoint) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.url, timeout=60) as client:
+    """By the token that the server leaves for its own user's commands."""
+    (here,) = local_endpoints(served.home)
+    headers = {"Authorization": f"Bearer {here.token}"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=60) as client:
         yield client
 
 

@@ -184,11 +184,34 @@ def reproduce(study: Path, trial: str, as_json: bool) -> None:
 @click.option(
     "--deadline-s", type=float, default=30, show_default=True, help="Refuse who would wait longer than this."
 )
+@click.option("--keys", type=click.Path(path_type=Path), help="File of the callers' keys; see `new-key`.")
+@click.option("--no-keys", is_flag=True, help="Let anybody in, from other machines too.")
+@click.option("--rate", help="Limit of each key, or of all callers without one: 60/min.  [default: none]")
+@click.option("--allow-host", multiple=True, help="Another name that requests may call this server by.")
+@click.option(
+    "--tls-cert", type=click.Path(path_type=Path), help="Certificate in PEM; the URL is https then."
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key.")
+@click.option(
+    "--log", type=click.Path(path_type=Path), help="JSON, a line for each request.  [default: standard error]"
+)
+@click.option("--log-prompts", is_flag=True, help="Write what is asked into the log, too.")
 def serve(**arguments: Any) -> None:
     """Serve SOURCE as OpenAI's API: a bundle, a study's directory, or models:/NAME@champion."""
     from open_autoglm.cli.serve import run_serve
 
     sys.exit(run_serve(**arguments))
+
+
+@cli.command("new-key")
+@click.argument("name")
+@click.option("--admin", is_flag=True, help="It may administer the server, too.")
+@click.option("--rate", help="Its own limit: 60/min.")
+def new_key(**arguments: Any) -> None:
+    """Make a key for callers of `serve`, and the line that lets it in."""
+    from open_autoglm.cli.serve import run_new_key
+
+    run_new_key(**arguments)
 
 
 @cli.command()

@@ -1,17 +1,23 @@
-"""``open-autoglm serve``."""
+"""``open-autoglm serve`` and ``open-autoglm new-key``."""
 
 from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import click
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
+from open_autoglm.errors import UserError
+from open_autoglm.serving.access import AccessOptions
+from open_autoglm.serving.keys import Key, key_line, keys_of, new_secret, parse_rate, read_keys
+from open_autoglm.serving.logs import LogOptions
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.server import ServerOptions, run
 from open_autoglm.serving.service import ServiceOptions
 from open_autoglm.serving.source import find_source
+from open_autoglm.serving.tls import TlsOptions
 from open_autoglm.settings import Settings
 
 
@@ -27,13 +33,30 @@ def run_serve(
     reuse_prefixes: bool,
     queue: int,
     deadline_s: float,
+    keys: Path | None,
+    no_keys: bool,
+    rate: str | None,
+    allow_host: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    log: Path | None,
+    log_prompts: bool,
 ) -> int:
     """Serve until interrupted; 0."""
     settings = Settings()
+    access = AccessOptions(
+        keys=() if no_keys else _keys(settings, keys),
+        exposed=no_keys,
+        rate_per_min=parse_rate(rate) if rate else None,
+        hosts=allow_host,
+    )
+    if no_keys and keys:
+        raise UserError("--keys and --no-keys contradict each other: give one of them")
+    tls = _tls(tls_cert, tls_key)
     found = find_source(source, settings)
     manifest, _ = open_bundle(found.bundle, verify=False)  # the server verifies it
-    log = settings.home / "logs" / f"engine-{os.getpid()}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    engine_log = settings.home / "logs" / f"engine-{os.getpid()}.log"
+    engine_log.parent.mkdir(parents=True, exist_ok=True)
     options = ServerOptions(
         host=host,
         port=port,
@@ -48,17 +71,47 @@ def run_serve(
             reuse_prefixes=reuse_prefixes,
         ),
         service=ServiceOptions(queue=queue, deadline_s=deadline_s),
-        log=log,
+        access=access,
+        tls=tls,
+        log=LogOptions(file=log, prompts=log_prompts),
+        engine_log=engine_log,
+        home=settings.home,
     )
     click.echo(f"loading {options.name} ({manifest.candidate.id})", err=True)
-    run(options, lambda url: _tell(url, options.name))
+    run(options, lambda url: _tell(url, options.name, with_key=bool(access.keys)))
     return 0
 
 
-def _tell(url: str, name: str) -> None:
+def _keys(settings: Settings, file: Path | None) -> tuple[Key, ...]:
+    """From the environment and from a file. Raises UserError."""
+    return (
+        *keys_of(settings.api_keys.get_secret_value(), "AUTOGLM_API_KEYS", admin=False),
+        *keys_of(settings.admin_keys.get_secret_value(), "AUTOGLM_ADMIN_KEYS", admin=True),
+        *(read_keys(file) if file else ()),
+    )
+
+
+def _tls(certificate: Path | None, key: Path | None) -> TlsOptions | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UserError("a certificate needs its key: give both --tls-cert and --tls-key")
+    return TlsOptions(certificate=certificate, key=key)
+
+
+def _tell(url: str, name: str, *, with_key: bool) -> None:
     """The URL, and a request to try."""
     body = json.dumps(
         {"model": name, "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
     )
+    key = " -H 'Authorization: Bearer KEY'" if with_key else ""
     click.echo(f"serving {name} at {url}/v1 (docs at {url}/docs)")
-    click.echo(f"try: curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+    click.echo(f"try: curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+
+
+def run_new_key(name: str, admin: bool, rate: str | None) -> None:
+    """Print a key, this once, and the line that lets it in."""
+    secret = new_secret()
+    line = key_line(name, secret, admin=admin, rate=rate)
+    click.echo(f"the key, shown only now: {secret}")
+    click.echo(f"its line for --keys FILE: {line}")

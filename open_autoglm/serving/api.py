@@ -162,6 +162,7 @@ async def _respond_by(
     request: Request,
 ) -> Response:
     """The whole answer, or a stream whose status is sent only once its first piece is known."""
+    request.state.asked, request.state.usage = body, answer.usage  # for the log
     pieces = _together(service, asked)
     if body.stream:
         first = await anext(pieces)
@@ -334,7 +335,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return told(error.status_code, "invalid_request_error", f"{request.url.path}: {error.detail}")
+        message = f"{request.scope['path']}: {error.detail}"
+        return told(error.status_code, "invalid_request_error", message, headers=error.headers)
 
     @app.exception_handler(Overloaded)
     async def overloaded(_request: Request, error: Overloaded) -> Response:
@@ -356,3 +358,9 @@ def _add_errors(app: FastAPI) -> None:
             code=error.code,
             headers={"Retry-After": str(_LOST_RETRY_S)},
         )
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, _error: Exception) -> Response:
+        """Starlette raises it again, so that its traceback gets into the log."""
+        name = getattr(request.state, "request_id", "unknown")
+        return told(500, "server_error", f"the server failed on request {name}; its log says why")

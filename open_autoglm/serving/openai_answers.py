@@ -25,8 +25,12 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    first_s: float | None = None
+    """When the first piece came, by ``time.monotonic``."""
 
     def count(self, piece: Piece) -> None:
+        if self.first_s is None:
+            self.first_s = time.monotonic()
         self.completion_tokens += piece.token.token is not None
         self.cached_tokens += piece.token.cached_tokens
 

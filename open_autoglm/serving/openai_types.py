@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MOST_PROMPTS = 128
 """In one request; each takes a place in the queue."""
 MOST_CHOICES = 16
 MOST_STOPS = 16
 
+
+def _whole(text: str) -> str:
+    """JSON can hold half of a surrogate pair, which is no character and which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
-Prompts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+Prompts = Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
 ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
 
 
@@ -67,7 +78,7 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """Body of ``/v1/completions``."""
 
-    prompt: str | Ids | Prompts | ManyIds
+    prompt: Text | Ids | Prompts | ManyIds
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = False
     best_of: Literal[1] | None = None
@@ -86,7 +97,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -95,7 +106,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     def as_template_input(self) -> dict[str, Any]:

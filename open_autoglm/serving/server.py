@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,22 +17,28 @@ from prometheus_client import disable_created_metrics
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Model
+from open_autoglm.serving.access import Access, AccessOptions, known_hosts
 from open_autoglm.serving.api import create_app
+from open_autoglm.serving.asgi import App
+from open_autoglm.serving.connection import Patience, connection_class
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.fleet import Fleet, Launcher
+from open_autoglm.serving.keys import LOCAL_ADMIN, Key, digest_of_key, new_secret
 from open_autoglm.serving.limits import Limits
+from open_autoglm.serving.local import LocalEndpoint, announced
+from open_autoglm.serving.logs import Logged, LogOptions, start_log
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board
 from open_autoglm.serving.service import ServiceOptions
 from open_autoglm.serving.source import Source
+from open_autoglm.serving.tls import TlsOptions, tls_context
 
 _BODY_BYTES = 4 << 20
-_READ_S, _WRITE_S = 15.0, 30.0
 _DRAIN_S = 60
 
 
 class ServerOptions(Model):
-    """Where the server listens and what it serves."""
+    """Where the server listens, what it serves, and to whom."""
 
     host: str
     port: int
@@ -37,7 +46,13 @@ class ServerOptions(Model):
     source: Source
     engine: EngineOptions
     service: ServiceOptions
-    log: Path
+    access: AccessOptions = AccessOptions()
+    patience: Patience = Patience()
+    tls: TlsOptions | None = None
+    log: LogOptions = LogOptions()
+    engine_log: Path
+    home: Path
+    """Under which commands on this machine find the server."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -53,22 +68,58 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(options: ServerOptions, listener: socket.socket, ready: Callable[[str], None]) -> None:
+async def serve(
+    options: ServerOptions,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    ready: Callable[[str], None],
+) -> None:
     """Serve until SIGTERM or SIGINT; answers under way are finished first, for up to a minute.
 
     ``ready`` is called with the URL once requests are answered. Raises UserError, EngineLost.
     """
-    launcher = Launcher(options.name, options.engine, options.service, options.log)
+    launcher = Launcher(options.name, options.engine, options.service, options.engine_log)
     fleet = Fleet(launcher, Board(options.name), await launcher.launch(options.source))
-    app = Limits(create_app(fleet), body_bytes=_BODY_BYTES, read_s=_READ_S, write_s=_WRITE_S)
+    token = new_secret()
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S, server_header=False
+        _guarded(options, fleet, listener, token),
+        http=connection_class(options.patience),
+        ws="none",
+        proxy_headers=False,  # anybody could say anything
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_DRAIN_S,
+        server_header=False,
     )
-    server = _Server(config, lambda: ready(_url(listener)))
+    url = _url(listener, tls)
+    server = _Server(config, lambda: ready(url))
+    here = LocalEndpoint(
+        url=_url(listener, tls, local=True),
+        pid=os.getpid(),
+        token=token,
+        certificate=options.tls.certificate.absolute() if options.tls else None,
+    )
     try:
-        await server.serve(sockets=[listener])
+        with announced(options.home, listener.getsockname()[1], here):
+            await server.serve(sockets=[listener])
     finally:
         await fleet.close()
+
+
+def _guarded(options: ServerOptions, fleet: Fleet, listener: socket.socket, token: str) -> App:
+    """The application behind everything that keeps it from harm; the log sees it all."""
+    loopback = _on_loopback(listener)
+    limited = Limits(create_app(fleet), body_bytes=_BODY_BYTES, read_s=options.patience.body_s)
+    access = Access(
+        limited,
+        options.access,
+        admin=Key(name=LOCAL_ADMIN, digest=digest_of_key(token), admin=True),
+        hosts=known_hosts(options.host, options.access.hosts, loopback=loopback),
+        loopback=loopback,
+        refused=lambda reason: fleet.champion.metrics.refused(reason),
+    )
+    return Logged(access, prompts=options.log.prompts)
 
 
 class _Server(uvicorn.Server):
@@ -93,17 +144,32 @@ class _Server(uvicorn.Server):
             loop.remove_signal_handler(sign)
 
 
-def _url(listener: socket.socket) -> str:
+def _on_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _url(listener: socket.socket, tls: ssl.SSLContext | None, *, local: bool = False) -> str:
+    """``local``: as this machine itself reaches it, though it may listen on every address."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if local and ipaddress.ip_address(host).is_unspecified:
+        host = "::1" if ":" in host else "127.0.0.1"
+    scheme = "http" if tls is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def run(options: ServerOptions, ready: Callable[[str], None]) -> None:
     """`serve` in an event loop of its own. Raises UserError."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the series, read by no dashboard
+    tls = None if options.tls is None else tls_context(options.tls)
     listener = bind(options.host, options.port)
     try:
-        asyncio.run(serve(options, listener, ready))
+        if not (options.access.keys or options.access.exposed or _on_loopback(listener)):
+            raise UserError(
+                f"anybody who reaches {options.host} could use this server: give it keys (--keys FILE, or "
+                "AUTOGLM_API_KEYS), or say that this is meant with --no-keys"
+            )
+        start_log(options.log)
+        asyncio.run(serve(options, listener, tls, ready))
     except EngineLost as error:
         raise UserError(str(error)) from error
     finally:

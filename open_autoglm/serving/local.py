@@ -1,0 +1,63 @@
+"""How commands of the same user on the same machine find a running server and may administer it.
+
+Each server leaves a file ``endpoints/PORT.json`` under the home directory, which only its owner can read: the
+address, the process, and an admin key that was made for this run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from open_autoglm.files import write_atomic
+from open_autoglm.schemas import Model
+
+
+class LocalEndpoint(Model):
+    """A server that runs, or ran until it was killed."""
+
+    url: str
+    pid: int
+    token: str
+    certificate: Path | None = None
+    """What its TLS certificate is checked with; None: it speaks plain HTTP."""
+
+
+def _path(home: Path, port: int) -> Path:
+    return home / "endpoints" / f"{port}.json"
+
+
+@contextlib.contextmanager
+def announced(home: Path, port: int, endpoint: LocalEndpoint) -> Iterator[None]:
+    """Leave the file for the length of the block."""
+    path = _path(home, port)
+    write_atomic(path, endpoint.model_dump_json(indent=1), mode=0o600)
+    try:
+        yield
+    finally:
+        if _read(path) == endpoint:  # and not one that took the port meanwhile
+            path.unlink()
+
+
+def local_endpoints(home: Path) -> tuple[LocalEndpoint, ...]:
+    """The servers of this user that run, by port. Files of servers that were killed are passed over."""
+    paths = sorted((home / "endpoints").glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    found = (_read(path) for path in paths)
+    return tuple(endpoint for endpoint in found if endpoint is not None and psutil.pid_exists(endpoint.pid))
+
+
+def _read(path: Path) -> LocalEndpoint | None:
+    """None if it is not there, not ours, or not whole: whoever wrote it, its token is not to be trusted."""
+    try:
+        about = path.stat()
+        if about.st_uid != os.getuid() or about.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return None
+        return LocalEndpoint.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -1,0 +1,20 @@
+"""MLflow: studies and trials as runs, champions as versions, and who moved which alias when.
+
+Everything goes through one ``MlflowClient`` with explicit run ids; MLflow's fluent API orphans runs
+in threads. Everything can be repeated: runs are found again by tag, versions by bundle digest.
+"""
+
+from open_autoglm.tracking.connection import Unreachable, mlflow_link
+from open_autoglm.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, RegisteredChampion, registered_name
+from open_autoglm.tracking.tracker import Tracker
+
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "PREVIOUS",
+    "RegisteredChampion",
+    "Tracker",
+    "Unreachable",
+    "mlflow_link",
+    "registered_name",
+]

@@ -4,17 +4,25 @@ Everything goes through one ``MlflowClient`` with explicit run ids; MLflow's flu
 in threads. Everything can be repeated: runs are found again by tag, versions by bundle digest.
 """
 
+from open_autoglm.tracking.aliases import CHALLENGER, PREVIOUS
+from open_autoglm.tracking.bundles import CHAMPION, RegisteredChampion
+from open_autoglm.tracking.cache import NoRoom, RegisteredVersion, in_use
 from open_autoglm.tracking.connection import Unreachable, mlflow_link
-from open_autoglm.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, RegisteredChampion, registered_name
+from open_autoglm.tracking.events import sentence
+from open_autoglm.tracking.registry import registered_name
 from open_autoglm.tracking.tracker import Tracker
 
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
     "PREVIOUS",
+    "NoRoom",
     "RegisteredChampion",
+    "RegisteredVersion",
     "Tracker",
     "Unreachable",
+    "in_use",
     "mlflow_link",
     "registered_name",
+    "sentence",
 ]

@@ -23,7 +23,7 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
-_LONGEST_TAG = 5000
+LONGEST_TAG = 5000
 
 
 def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None) -> str | None:
@@ -115,7 +115,7 @@ class Connection:
             run_id,
             metrics=[Metric(name, value, now, 0) for name, value in (metrics or {}).items()],
             params=[Param(name, str(value)) for name, value in (params or {}).items()],
-            tags=[RunTag(name, value[:_LONGEST_TAG]) for name, value in (tags or {}).items()],
+            tags=[RunTag(name, value[:LONGEST_TAG]) for name, value in (tags or {}).items()],
         )
 
     def _log_files(self, run_id: str, files: Iterable[Path]) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.records import trial_metrics
 from open_autoglm.schemas import Bundle, Manifest, OptimizeSpec, Registration, Study
-from open_autoglm.tracking.connection import Connection, is_http
+from open_autoglm.tracking.aliases import Moves, promoted
+from open_autoglm.tracking.bundles import BUNDLE_DIGEST, CHAMPION
 from open_autoglm.tracking.runs import STUDY
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-_DIGEST, _CONFIRMED = "autoglm.bundle_digest", "autoglm.last_confirmed_study"
+_CONFIRMED = "autoglm.last_confirmed_study"
 
 
 def registered_name(spec: OptimizeSpec, checkpoint_name: str) -> str:
@@ -22,41 +23,8 @@ def registered_name(spec: OptimizeSpec, checkpoint_name: str) -> str:
     return spec.register_as or re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint_name)
 
 
-class RegisteredChampion(NamedTuple):
-    """A version in the registry and its bundle."""
-
-    version: str
-    bundle: Path
-
-
-class Registry(Connection):
-    """Versions and aliases of registered models."""
-
-    def champion(self, name: str, cache: Path) -> RegisteredChampion | None:
-        """The version that carries the champion's alias; see `registered`."""
-        return self.registered(name, CHAMPION, cache)
-
-    def registered(self, name: str, alias: str, cache: Path) -> RegisteredChampion | None:
-        """The version that carries ``alias``, with its bundle on this machine; None without one.
-
-        A server's artifacts are downloaded into ``cache``, once per version.
-        """
-        from mlflow.artifacts import download_artifacts
-        from mlflow.exceptions import MlflowException
-
-        try:
-            version = self._client.get_model_version_by_alias(name, alias)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-        place = None if not is_http(self.uri) else str(cache / f"{name}-{version.version}")
-        if place is not None:
-            Path(place).mkdir(parents=True, exist_ok=True)
-        path = download_artifacts(
-            artifact_uri=f"{version.source}/artifacts/bundle", dst_path=place, tracking_uri=self.uri
-        )
-        return RegisteredChampion(str(version.version), Path(path))
+class Registry(Moves):
+    """What studies register."""
 
     def register_champion(self, study: Study, bundle: Bundle, parent_run_id: str) -> Registration:
         """Make ``bundle`` the ``champion`` of its registered model; the one before becomes ``previous``.
@@ -73,7 +41,7 @@ class Registry(Connection):
         else:
             model = self._upload_model(experiment_id, parent_run_id, name, bundle)
             version = self._create_version(name, model, parent_run_id, _version_tags(study, bundle))
-        self._promote(name, version)
+        self._crown(name, version, study)
         return Registration(
             tracking_uri=self.uri,
             experiment_id=experiment_id,
@@ -84,8 +52,15 @@ class Registry(Connection):
             note=f"version {version} is the same bundle and was confirmed" if known else "",
         )
 
+    def _crown(self, name: str, version: str, study: Study) -> None:
+        """Repeating it after a crash ends in the same state. A challenger under test stays one."""
+        if self.aliases(name).champion != version:
+            reason = " ".join(study.verdict.reasons)
+            decide = partial(promoted, name, version=version)
+            self._move(name, "register", decide, f"study {study.id}", reason, None, None)
+
     def _version_of(self, name: str, bundle: Bundle) -> str | None:
-        same = f"name = '{name}' and tags.`{_DIGEST}` = '{bundle.digest}'"
+        same = f"name = '{name}' and tags.`{BUNDLE_DIGEST}` = '{bundle.digest}'"
         versions = self._client.search_model_versions(same, max_results=1)
         return str(versions[0].version) if versions else None
 
@@ -131,26 +106,14 @@ class Registry(Connection):
         version = self._client.create_model_version(
             name, source=model.artifact_location, run_id=run_id, model_id=model.model_id, tags=tags
         )
-        self._client.set_registered_model_alias(name, CHALLENGER, version.version)
         return str(version.version)
-
-    def _promote(self, name: str, version: str) -> None:
-        """Move the aliases. Not atomic, but repeating it after a crash ends in the same state."""
-        aliases = self._client.get_registered_model(name).aliases
-        champion = aliases.get(CHAMPION)
-        if champion is not None and str(champion) != version:
-            self._client.set_registered_model_alias(name, PREVIOUS, champion)
-        if str(champion) != version:
-            self._client.set_registered_model_alias(name, CHAMPION, version)
-        if CHALLENGER in aliases:
-            self._client.delete_registered_model_alias(name, CHALLENGER)
 
 
 def _version_tags(study: Study, bundle: Bundle) -> dict[str, str]:
     trial = study.trial(study.champion or "")
     figures = trial_metrics(trial)
     tags = {
-        _DIGEST: bundle.digest,
+        BUNDLE_DIGEST: bundle.digest,
         STUDY: study.id,
         _CONFIRMED: study.id,
         "autoglm.engine": trial.engine,

@@ -7,7 +7,6 @@ import json
 import os
 
 import click
-from pydantic import ValidationError
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Alias, Canary, Event
@@ -57,7 +56,7 @@ def run_canary(
             raise UserError("--stop takes the challenger away: it needs no --version, --weight or --shadow")
         event = _tracker().stop_canary(name, by=who, reason=reason, expected=champion)
     else:
-        canary = _canary(weight or 0, shadow or 0)
+        canary = Canary(weight_percent=weight or 0, shadow_percent=shadow or 0)
         event = _tracker().canary(name, version, canary, by=who, reason=reason, expected=champion)
     return _tell(event, as_json)
 
@@ -87,14 +86,6 @@ def _tracker() -> Tracker:
 def _tell(event: Event, as_json: bool) -> int:
     click.echo(event.model_dump_json() if as_json else sentence(event))
     return 0
-
-
-def _canary(weight_percent: float, shadow_percent: float) -> Canary:
-    try:
-        return Canary(weight_percent=weight_percent, shadow_percent=shadow_percent)
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"--weight, --shadow: {problem}") from None
 
 
 def _champion_is(version: str | None) -> dict[Alias, str]:

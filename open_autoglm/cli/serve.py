@@ -8,11 +8,13 @@ import os
 import click
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
+from open_autoglm.serving.last_good import remember
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.server import ServerOptions, run
 from open_autoglm.serving.service import ServiceOptions
 from open_autoglm.serving.source import find_source
 from open_autoglm.settings import Settings
+from open_autoglm.tracking import in_use
 
 
 def run_serve(
@@ -50,9 +52,19 @@ def run_serve(
         ),
         service=ServiceOptions(queue=queue, deadline_s=deadline_s),
         log=log,
+        warning=found.warning,
     )
+    if found.warning:
+        click.echo(f"warning: {found.warning}", err=True)
     click.echo(f"loading {options.name} ({manifest.candidate.id})", err=True)
-    run(options, lambda url: _tell(url, options.name))
+
+    def ready(url: str) -> None:
+        if found.model:
+            remember(settings.home, found.model, found.alias, found.version, found.bundle)
+        _tell(url, options.name)
+
+    with in_use(found.bundle):
+        run(options, ready)
     return 0
 
 

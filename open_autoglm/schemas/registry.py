@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from open_autoglm.schemas.base import Model
 
@@ -19,12 +19,6 @@ class Canary(Model):
 
     weight_percent: float = Field(0, ge=0, le=100, description="of the requests: it answers them")
     shadow_percent: float = Field(0, ge=0, le=100, description="of the others: it answers too, unseen")
-
-    @model_validator(mode="after")
-    def _does_something(self) -> Self:
-        if not self.weight_percent and not self.shadow_percent:
-            raise ValueError("a challenger that is given nothing shows nothing: weight or shadow, above 0 %")
-        return self
 
 
 class Aliases(Model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -31,12 +31,12 @@ _CLIENT_LEFT = 499
 """Seen in logs only; nginx's number."""
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application that serves ``service``."""
+def create_app(service: Service, warning: Callable[[], str] = str) -> FastAPI:
+    """The application that serves ``service``; ``/readyz`` says what ``warning`` returns, if anything."""
     app = FastAPI(title="Open-AutoGLM endpoint", version=version("open-autoglm"), redoc_url=None)
     app.state.service = service
     _add_errors(app)
-    _add_health(app, service)
+    _add_health(app, service, warning)
 
     @app.get("/v1/models")
     async def models() -> Json:
@@ -247,7 +247,7 @@ def _model(service: Service) -> Json:
 # ── health ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, service: Service, warning: Callable[[], str]) -> None:
     @app.get("/healthz")
     async def healthz() -> Json:
         """The server answers."""
@@ -258,7 +258,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """The engine answers; 503 with the reason while it does not."""
         engine = service.engine
         if engine.state == "ready":
-            return _json({"status": "ready"})
+            told = warning()
+            return _json({"status": "ready"} | ({"warning": told} if told else {}))
         return _json({"status": engine.state, "reason": engine.last_words}, 503)
 
     @app.get("/metrics")

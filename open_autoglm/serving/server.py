@@ -37,6 +37,8 @@ class ServerOptions(Model):
     engine: EngineOptions
     service: ServiceOptions
     log: Path
+    warning: str = ""
+    """Of the source, told by ``/readyz``."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -61,7 +63,9 @@ async def serve(options: ServerOptions, listener: socket.socket, ready: Callable
     service = await start_service(
         options.name, options.engine.bundle, options.engine, options.service, metrics, options.log
     )
-    app = Limits(create_app(service), body_bytes=_BODY_BYTES, read_s=_READ_S, write_s=_WRITE_S)
+    app = Limits(
+        create_app(service, lambda: options.warning), body_bytes=_BODY_BYTES, read_s=_READ_S, write_s=_WRITE_S
+    )
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S, server_header=False
     )

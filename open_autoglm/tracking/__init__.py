@@ -4,7 +4,7 @@ Everything goes through one ``MlflowClient`` with explicit run ids; MLflow's flu
 in threads. Everything can be repeated: runs are found again by tag, versions by bundle digest.
 """
 
-from open_autoglm.tracking.aliases import CHALLENGER, PREVIOUS
+from open_autoglm.tracking.aliases import CHALLENGER, PREVIOUS, UnderWay
 from open_autoglm.tracking.bundles import CHAMPION, RegisteredChampion
 from open_autoglm.tracking.cache import NoRoom, RegisteredVersion, in_use
 from open_autoglm.tracking.connection import Unreachable, mlflow_link
@@ -20,6 +20,7 @@ __all__ = [
     "RegisteredChampion",
     "RegisteredVersion",
     "Tracker",
+    "UnderWay",
     "Unreachable",
     "in_use",
     "mlflow_link",

@@ -33,6 +33,10 @@ _LONGEST_MOVE_S = 60.0
 """A move takes about ten requests; who is not done by then is taken for dead."""
 
 
+class UnderWay(UserError):
+    """Somebody else is moving aliases of the same model; asking again soon will help."""
+
+
 class Moves(Events, Bundles):
     """What may be done to the aliases of a registered model."""
 
@@ -135,7 +139,7 @@ class Moves(Events, Bundles):
                 continue
             if time.time() - event.when.timestamp() < _LONGEST_MOVE_S:
                 doing = f"{event.by} is moving aliases of {name} just now ({event.kind})"
-                raise UserError(f"{doing}: {_look(name)}")
+                raise UnderWay(f"{doing}: {_look(name)}")
             self._clear_up(event)
 
     def _clear_up(self, event: Event) -> None:
@@ -245,6 +249,8 @@ def challenged(name: str, now: Aliases, version: str | None, canary: Canary) -> 
         raise UserError(f"{name} has no champion to challenge: promote a version first")
     if version == now.champion:
         raise UserError(f"version {version} is the champion of {name}: it cannot challenge itself")
+    if not canary.weight_percent and not canary.shadow_percent:
+        raise UserError("a challenger that is given nothing shows nothing: weight or shadow, above 0 %")
     return now.model_copy(update={"challenger": version, "canary": canary})
 
 

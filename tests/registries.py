@@ -27,7 +27,9 @@ def build_variants(checkpoint: Path, directory: Path, count: int) -> list[Bundle
     winner = study.trial(study.champion or "")
     variants = []
     for number in range(count):
-        candidate = winner.candidate.model_copy(update={"knobs": {"variant": number}})
+        candidate = winner.candidate.model_copy(
+            update={"knobs": {**winner.candidate.knobs, "variant": number}}
+        )
         trial = winner.model_copy(update={"candidate": candidate})
         variants.append(build_bundle(study, trial, directory / str(number)))
     return variants

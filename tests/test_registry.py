@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoints import endpoint
 from registries import MlflowServer, Shelf
 
 from open_autoglm.bundle import open_bundle
@@ -401,3 +403,23 @@ def test_without_a_registry_the_last_good_version_is_served(
     config.write_text(config.read_text() + " ")
     with pytest.raises(UserError, match="cannot be used"):
         find_source(f"models:/{name}@champion", nowhere)
+
+
+def test_an_endpoint_starts_without_a_registry_and_says_so(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ready, with a warning, and what answers now is noted again."""
+    name = shelf.register("lonely", 1)
+    bundle = shelf.home / "models" / f"{name}-{shelf.bundles[0].digest[:8]}" / "artifacts" / "bundle"
+    remember(tmp_path, name, "champion", "1", bundle)
+    noted = tmp_path / "endpoints" / "last-good" / f"{name}@champion.json"
+    before = noted.stat().st_mtime_ns
+    monkeypatch.setenv("AUTOGLM_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with endpoint(Path(f"models:/{name}@champion"), tmp_path) as server:
+        with urllib.request.urlopen(f"{server.url}/readyz") as answer:
+            told = json.load(answer)
+        assert any("warning: version 1 of lonely is served" in line for line in server.said)
+    assert told["status"] == "ready"
+    assert told["warning"].startswith("version 1 of lonely is served because it was the last that was good")
+    assert noted.stat().st_mtime_ns > before

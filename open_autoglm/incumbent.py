@@ -10,7 +10,7 @@ from open_autoglm.errors import UserError
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Incumbent, Manifest, Trial
 from open_autoglm.settings import Settings
-from open_autoglm.tracking import Tracker, registered_name
+from open_autoglm.tracking import CHAMPION, Tracker, registered_name
 from open_autoglm.trials import Bench, begin_trial, configuration
 
 _REGISTERED = "registered-v"
@@ -24,12 +24,12 @@ def find_incumbent(
     A champion that cannot be compared (damaged, or of another checkpoint) is named with the reason.
     """
     name = registered_name(bench.spec, bench.checkpoint.name)
-    registered = tracker.champion(name, settings.home / "cache" / "incumbents")
+    registered = tracker.version_with(name, CHAMPION)
     if registered is None:
         return None, list(trials)
     found = Incumbent(model_name=name, version=registered.version)
     try:
-        manifest, bundle = open_bundle(registered.bundle)
+        manifest, bundle = open_bundle(tracker.fetch(registered, settings.home / "cache" / "incumbents"))
     except UserError as error:
         return _not_compared(found, f"its bundle cannot be opened: {error}"), list(trials)
     if manifest.checkpoint_digest != bench.checkpoint.digest:

@@ -28,6 +28,8 @@ from open_autoglm import engines
 from open_autoglm.schemas import Candidate, Checkpoint
 
 if TYPE_CHECKING:
+    from registries import MlflowServer, Shelf
+
     from open_autoglm.settings import Settings
 
 if find_spec("hypothesis"):  # a GPU host may lack it
@@ -135,6 +137,25 @@ def tiny_bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from bundles import onnxruntime_bundle
 
     return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("tiny-bundle"))
+
+
+@pytest.fixture(scope="session")
+def shelf(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """A registry that tests share, as its database takes seconds to make: each has a model of its own."""
+    from registries import make_shelf
+
+    return make_shelf(tmp_path_factory.mktemp("registry"), tiny_glm)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(shelf: Shelf) -> Iterator[MlflowServer]:
+    """MLflow's server in front of the shelf's registry. Who stops it starts it again."""
+    from registries import MlflowServer
+
+    server = MlflowServer(shelf.home)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ WHO_MAY_IMPORT = {
     "prefect": {"flows/", "tasks/"},
     "tasks": {"flows/", "tasks/"},
     "flows": {"flows/", "open_autoglm/cli/commands.py"},
-    "mlflow": {"open_autoglm/tracking.py", "open_autoglm/pyfunc_model.py"},
+    "mlflow": {"open_autoglm/tracking/", "open_autoglm/pyfunc_model.py"},
     "great_expectations": {"open_autoglm/quality/gates.py"},
     "onnxruntime": {
         "open_autoglm/engines/onnxruntime_session.py",

@@ -524,7 +524,10 @@ def test_doctor_finds_this_machine_fit(cli: Cli) -> None:
     ]
 
 
-COMMANDS = ["", "optimize", "analyze", "engines", "report", "reproduce", "prune", "doctor", "demo-model"]
+COMMANDS = [
+    "", "optimize", "analyze", "engines", "report", "reproduce", "serve", "promote", "rollback", "canary",
+    "events", "prune", "doctor", "demo-model",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

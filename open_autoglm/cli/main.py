@@ -196,6 +196,12 @@ def reproduce(study: Path, trial: str, as_json: bool) -> None:
     "--log", type=click.Path(path_type=Path), help="JSON, a line for each request.  [default: standard error]"
 )
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log, too.")
+@click.option(
+    "--follow/--no-follow",
+    default=True,
+    show_default=True,
+    help="With models:/NAME@champion: change as the registry's aliases do.",
+)
 def serve(**arguments: Any) -> None:
     """Serve SOURCE as OpenAI's API: a bundle, a study's directory, or models:/NAME@champion."""
     from open_autoglm.cli.serve import run_serve
@@ -212,6 +218,66 @@ def new_key(**arguments: Any) -> None:
     from open_autoglm.cli.serve import run_new_key
 
     run_new_key(**arguments)
+
+
+def _move_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the commands that move aliases."""
+    options = [
+        click.option("--expected", help="Refuse unless the champion is still this version."),
+        click.option("--reason", default="", help="Kept with the event."),
+        click.option("--by", help="Who moves it.  [default: the user]"),
+        click.option("--json", "as_json", is_flag=True, help="Print the event as one JSON object instead."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--version", help="Version to promote.  [default: the challenger]")
+@_move_options
+def promote(name: str, **arguments: Any) -> None:
+    """Make a version of the registered model NAME its champion; the champion becomes `previous`."""
+    from open_autoglm.cli.aliases import run_promote
+
+    sys.exit(run_promote(name, **arguments))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--champion", is_flag=True, help="Bring `previous` back even if there is a challenger.")
+@_move_options
+def rollback(name: str, **arguments: Any) -> None:
+    """Take the challenger of NAME away; without one, make `previous` the champion again."""
+    from open_autoglm.cli.aliases import run_rollback
+
+    sys.exit(run_rollback(name, **arguments))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--version", help="The challenger.  [default: the one there is]")
+@click.option("--weight", type=click.FloatRange(0, 100), help="Percent of the requests it answers.")
+@click.option("--shadow", type=click.FloatRange(0, 100), help="Percent of the others it answers unseen.")
+@click.option("--stop", is_flag=True, help="Take the challenger away.")
+@_move_options
+def canary(name: str, **arguments: Any) -> None:
+    """Give a version of NAME, its challenger, a share of the requests."""
+    from open_autoglm.cli.aliases import run_canary
+
+    sys.exit(run_canary(name, **arguments))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Newest first.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def events(name: str, **arguments: Any) -> None:
+    """Show which versions of NAME carry which alias, and who moved them when and why."""
+    from open_autoglm.cli.aliases import run_events
+
+    sys.exit(run_events(name, **arguments))
 
 
 @cli.command()

@@ -12,6 +12,7 @@ from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.errors import UserError
 from open_autoglm.serving.access import AccessOptions
 from open_autoglm.serving.keys import Key, key_line, keys_of, new_secret, parse_rate, read_keys
+from open_autoglm.serving.last_good import remember
 from open_autoglm.serving.logs import LogOptions
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.server import ServerOptions, run
@@ -19,6 +20,7 @@ from open_autoglm.serving.service import ServiceOptions
 from open_autoglm.serving.source import find_source
 from open_autoglm.serving.tls import TlsOptions
 from open_autoglm.settings import Settings
+from open_autoglm.tracking import CHAMPION, in_use
 
 
 def run_serve(
@@ -33,6 +35,7 @@ def run_serve(
     reuse_prefixes: bool,
     queue: int,
     deadline_s: float,
+    follow: bool,
     keys: Path | None,
     no_keys: bool,
     rate: str | None,
@@ -62,6 +65,7 @@ def run_serve(
         port=port,
         name=name or manifest.name,
         source=found,
+        follow=follow and found.alias == CHAMPION,
         engine=EngineOptions(
             bundle=found.bundle,
             slots=slots,
@@ -77,8 +81,17 @@ def run_serve(
         engine_log=engine_log,
         home=settings.home,
     )
+    if found.warning:
+        click.echo(f"warning: {found.warning}", err=True)
     click.echo(f"loading {options.name} ({manifest.candidate.id})", err=True)
-    run(options, lambda url: _tell(url, options.name, with_key=bool(access.keys)))
+
+    def ready(url: str) -> None:
+        if found.model:
+            remember(settings.home, found.model, found.alias, found.version, found.bundle)
+        _tell(url, options.name, with_key=bool(access.keys))
+
+    with in_use(found.bundle):
+        run(options, ready)
     return 0
 
 

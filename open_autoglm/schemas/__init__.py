@@ -59,6 +59,7 @@ from open_autoglm.schemas.facts import (
     PhaseCost,
     RooflineBound,
 )
+from open_autoglm.schemas.registry import Alias, Aliases, Canary, Event, EventKind, EventState
 from open_autoglm.schemas.request import OptimizeSpec
 from open_autoglm.schemas.study import (
     Bundle,
@@ -85,11 +86,14 @@ __all__ = [
     "SLOW_CLOCK_LIMIT",
     "STEAL_LIMIT",
     "STUDY_FORMAT_VERSION",
+    "Alias",
+    "Aliases",
     "Analysis",
     "AttentionKind",
     "Bound",
     "Bundle",
     "BundleEvidence",
+    "Canary",
     "Candidate",
     "Capsule",
     "Checkpoint",
@@ -98,6 +102,9 @@ __all__ = [
     "Criterion",
     "Device",
     "Dimension",
+    "Event",
+    "EventKind",
+    "EventState",
     "ExportedModel",
     "Fall",
     "FileDigest",

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from open_autoglm.serving.fleet import Canary, Fleet
+from open_autoglm.schemas import Canary
+from open_autoglm.serving.fleet import Fleet
 from open_autoglm.serving.service import Service
 from open_autoglm.serving.source import Source, find_source
 from open_autoglm.settings import Settings

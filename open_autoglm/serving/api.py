@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from open_autoglm.errors import UserError
 from open_autoglm.serving.admin import admin_routes
 from open_autoglm.serving.engine import EngineLost, NotFinite
-from open_autoglm.serving.fleet import Fleet, Rejected
+from open_autoglm.serving.errors import Rejected
+from open_autoglm.serving.fleet import Fleet
 from open_autoglm.serving.messages import Sampling
 from open_autoglm.serving.openai_answers import CHAT, COMPLETION, Answer, Choice, Json, Usage, error_body
 from open_autoglm.serving.openai_types import ChatRequest, CompletionRequest
@@ -33,11 +34,11 @@ _CLIENT_LEFT = 499
 """Seen in logs only; nginx's number."""
 
 
-def create_app(fleet: Fleet) -> FastAPI:
-    """The application that serves ``fleet``."""
+def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
+    """The application that serves ``fleet``; ``/readyz`` says what ``warning`` returns, if anything."""
     app = FastAPI(title="Open-AutoGLM endpoint", version=version("open-autoglm"), redoc_url=None)
     _add_errors(app)
-    _add_health(app, fleet)
+    _add_health(app, fleet, warning)
     app.include_router(admin_routes(fleet))
 
     @app.get("/v1/models")
@@ -285,7 +286,7 @@ def _model(service: Service) -> Json:
 # ── health ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _add_health(app: FastAPI, fleet: Fleet) -> None:
+def _add_health(app: FastAPI, fleet: Fleet, warning: Callable[[], str]) -> None:
     @app.get("/healthz")
     async def healthz() -> Json:
         """The server answers."""
@@ -296,7 +297,8 @@ def _add_health(app: FastAPI, fleet: Fleet) -> None:
         """The engine answers; 503 with the reason while it does not."""
         engine = fleet.champion.engine
         if engine.state == "ready":
-            return _json({"status": "ready"})
+            told = warning()
+            return _json({"status": "ready"} | ({"warning": told} if told else {}))
         return _json({"status": engine.state, "reason": engine.last_words}, 503)
 
     @app.get("/metrics")

@@ -18,9 +18,10 @@ from typing import Literal
 
 from open_autoglm.bundle import open_bundle
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Manifest, Model
+from open_autoglm.schemas import Canary, Manifest, Model
 from open_autoglm.serving.compatibility import compatibility
 from open_autoglm.serving.engine import EngineLost
+from open_autoglm.serving.errors import Rejected
 from open_autoglm.serving.exam import Check, Exam, examine
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board, Role
@@ -35,20 +36,6 @@ _LEAST_STAY_S = 1.0
 _EVENTS = 100
 
 EventKind = Literal["started", "swapped", "rejected", "challenger", "dropped", "promoted", "canary"]
-
-
-class Canary(Model):
-    weight_percent: float = 0
-    shadow_percent: float = 0
-
-
-class Rejected(Exception):
-    """A newcomer that may not answer; the one before goes on."""
-
-    def __init__(self, reason: str, checks: Sequence[Check] = ()) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.checks = tuple(checks)
 
 
 class Event(Model):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -23,6 +24,7 @@ from open_autoglm.serving.asgi import App
 from open_autoglm.serving.connection import Patience, connection_class
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.fleet import Fleet, Launcher
+from open_autoglm.serving.follow import Follower
 from open_autoglm.serving.keys import LOCAL_ADMIN, Key, digest_of_key, new_secret
 from open_autoglm.serving.limits import Limits
 from open_autoglm.serving.local import LocalEndpoint, announced
@@ -30,8 +32,11 @@ from open_autoglm.serving.logs import Logged, LogOptions, start_log
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board
 from open_autoglm.serving.service import ServiceOptions
-from open_autoglm.serving.source import Source
+from open_autoglm.serving.source import Source, cache_of, connect
 from open_autoglm.serving.tls import TlsOptions, tls_context
+from open_autoglm.settings import Settings
+
+_LOGGER = logging.getLogger(__name__)
 
 _BODY_BYTES = 4 << 20
 _DRAIN_S = 60
@@ -44,6 +49,8 @@ class ServerOptions(Model):
     port: int
     name: str
     source: Source
+    follow: bool = False
+    """Go where the aliases of the source's registered model go."""
     engine: EngineOptions
     service: ServiceOptions
     access: AccessOptions = AccessOptions()
@@ -80,9 +87,14 @@ async def serve(
     """
     launcher = Launcher(options.name, options.engine, options.service, options.engine_log)
     fleet = Fleet(launcher, Board(options.name), await launcher.launch(options.source))
+    follower = _follower(options.source, fleet, Settings()) if options.follow else None
+
+    def warning() -> str:
+        return follower.warning if follower else options.source.warning
+
     token = new_secret()
     config = uvicorn.Config(
-        _guarded(options, fleet, listener, token),
+        _guarded(options, create_app(fleet, warning), fleet, listener, token),
         http=connection_class(options.patience),
         ws="none",
         proxy_headers=False,  # anybody could say anything
@@ -102,15 +114,47 @@ async def serve(
     )
     try:
         with announced(options.home, listener.getsockname()[1], here):
-            await server.serve(sockets=[listener])
+            async with _running(follower):
+                await server.serve(sockets=[listener])
     finally:
         await fleet.close()
 
 
-def _guarded(options: ServerOptions, fleet: Fleet, listener: socket.socket, token: str) -> App:
+def _follower(source: Source, fleet: Fleet, settings: Settings) -> Follower:
+    return Follower(
+        fleet,
+        source.model,
+        lambda: connect(settings),
+        home=settings.home,
+        cache=cache_of(settings),
+    )
+
+
+@contextlib.asynccontextmanager
+async def _running(follower: Follower | None) -> AsyncIterator[None]:
+    """Let it follow for the length of the block; a bug in it ends the following and not the serving."""
+    if follower is None:
+        yield
+        return
+    task = asyncio.create_task(follower.run())
+    task.add_done_callback(_tell_why)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+
+
+def _tell_why(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _LOGGER.error("the registry is not followed any more", exc_info=error)
+
+
+def _guarded(options: ServerOptions, app: App, fleet: Fleet, listener: socket.socket, token: str) -> App:
     """The application behind everything that keeps it from harm; the log sees it all."""
     loopback = _on_loopback(listener)
-    limited = Limits(create_app(fleet), body_bytes=_BODY_BYTES, read_s=options.patience.body_s)
+    limited = Limits(app, body_bytes=_BODY_BYTES, read_s=options.patience.body_s)
     access = Access(
         limited,
         options.access,

@@ -261,7 +261,11 @@ def test_a_client_that_leaves_frees_its_slot(http: httpx.Client) -> None:
         with http.stream("POST", "/v1/completions", json=body) as response:
             next(response.iter_lines())
         with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/completions", json={**body, "stream": False, "n": 4}, timeout=0.05)
+            http.post(
+                "/v1/completions",
+                json={**body, "stream": False, "n": 4},
+                timeout=httpx.Timeout(60, read=0.01),
+            )
     complete(http)
     deadline = time.monotonic() + 20
     while 'vllm:num_requests_running{model_name="tiny"} 0.0' not in (text := http.get("/metrics").text):

@@ -40,7 +40,8 @@ class Limits:
         async def send_in_time(message: Message) -> None:
             nonlocal started
             started = True
-            await asyncio.wait_for(send(message), self._write_s)
+            async with asyncio.timeout(self._write_s):  # wait_for would start a task for every token
+                await send(message)
 
         try:
             body = await self._body(scope, receive)

@@ -66,26 +66,27 @@ def our_arms(bundle: Path, candidate: str, sizes: Sizes) -> list[Arm]:
 def other_arms(
     study: Study, prompts: Prompts, sizes: Sizes, binary: Path, home: Path, work: Path
 ) -> Iterator[Arm]:
-    """llama.cpp's server and torch's two; 1 and most streams, llama.cpp also half of these."""
-    ends = tuple(sorted({1, sizes.slots}))
+    """llama.cpp's server, and torch one at a time (where more streams would only queue) and batched."""
     yield _llama(study, sizes, binary, home)
     label = "torch bf16, compiled, one at a time behind our endpoint"
     try:
         bundle = bundle_of(study, COMPILED, work)
     except UserError as error:
-        yield Arm(COMPILED, label, ends, reason=str(error))
+        yield Arm(COMPILED, label, (1,), reason=str(error))
     else:
-        yield Arm(COMPILED, label, ends, ours(bundle, sizes.slots, sizes.room))
-    yield _transformers(study, prompts, ends)
+        yield Arm(COMPILED, label, (1,), ours(bundle, 1, sizes.room))
+    yield _transformers(study, prompts, sizes)
 
 
-def _transformers(study: Study, prompts: Prompts, streams: tuple[int, ...]) -> Arm:
+def _transformers(study: Study, prompts: Prompts, sizes: Sizes) -> Arm:
+    streams = tuple(sorted({1, sizes.slots}))
     label = "transformers serve, bf16, continuous batching"
     if missing := [name for name in ("accelerate", "openai") if _version(name) is None]:
         needs = "transformers[serving]"
         reason = f"{' and '.join(missing)} not installed: pip install '{needs}'"
         return Arm(BATCHED, label, streams, reason=reason)
-    return Arm(BATCHED, label, streams, transformers_serve(study.checkpoint.path, prompts.text))
+    spec = transformers_serve(study.checkpoint.path, sizes.slots, sizes.room, prompts.text)
+    return Arm(BATCHED, label, streams, spec)
 
 
 def _llama(study: Study, sizes: Sizes, binary: Path, home: Path) -> Arm:

@@ -115,13 +115,23 @@ class _Clients:
     async def ask(self, body: str, begin: float) -> Answer:
         asked = time.perf_counter()
         try:
-            connection = self._idle.pop() if self._idle else await _Connection.open(self._port)
-            answer = await connection.ask(self._path, body.encode(), begin, asked)
+            return await self._ask(body.encode(), begin, asked)
         except (OSError, asyncio.IncompleteReadError) as error:
-            return Answer(
-                status=LOST, begin_ms=(asked - begin) * 1e3, error=f"{type(error).__name__}: {error}"
-            )
-        if connection.reusable:
+            told = f"{type(error).__name__}: {error}"
+            return Answer(status=LOST, begin_ms=(asked - begin) * 1e3, error=told)
+
+    async def _ask(self, body: bytes, begin: float, asked: float) -> Answer:
+        """Over an idle connection if there is one; a server may have closed that without saying so."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open:
+                with suppress(Unused):
+                    return await self._over(connection, body, begin, asked)
+        return await self._over(await _Connection.to(self._port), body, begin, asked)
+
+    async def _over(self, connection: _Connection, body: bytes, begin: float, asked: float) -> Answer:
+        answer = await connection.ask(self._path, body, begin, asked)
+        if connection.open:
             self._idle.append(connection)
         return answer
 
@@ -130,23 +140,32 @@ class _Clients:
             connection.close()
 
 
+class Unused(OSError):
+    """The connection was closed before a byte of an answer came: the request may be sent again."""
+
+
 class _Connection:
     """One connection: a request, its answer, the next request (RFC 9112)."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self.reusable = True
+        self._last = False
+
+    @property
+    def open(self) -> bool:
+        """Whether another request may be sent, as far as is known."""
+        return not (self._last or self._reader.at_eof())
 
     @classmethod
-    async def open(cls, port: int) -> _Connection:
+    async def to(cls, port: int) -> _Connection:
         return cls(*await asyncio.open_connection("127.0.0.1", port, limit=_LINE_BYTES))
 
     def close(self) -> None:
         self._writer.close()
 
     async def ask(self, path: str, body: bytes, begin: float, asked: float) -> Answer:
-        """The answer. Raises OSError, IncompleteReadError if the connection breaks."""
+        """The answer. Raises OSError, Unused or IncompleteReadError if the connection breaks."""
         self._writer.write(
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -158,15 +177,18 @@ class _Connection:
             last = time.perf_counter()
             first = first or last
             content = content[-_KEPT_BYTES:] + part
-        self.reusable = headers.get("connection", "").lower() != "close"
-        if not self.reusable:
+        self._last = headers.get("connection", "").lower() == "close"
+        if self._last:
             self.close()
         times = {"begin_ms": (asked - begin) * 1e3, "ttft_ms": (first - asked) * 1e3}
         return Answer(status=status, e2e_ms=(last - asked) * 1e3, **times, **_told(status, content))
 
     async def _head(self) -> tuple[int, dict[str, str]]:
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        first, *lines = head.split("\r\n")
+        try:
+            head = await self._reader.readuntil(b"\r\n\r\n")
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            raise Unused(f"closed without an answer: {error}") from error
+        first, *lines = head.decode("latin-1").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines if ": " in line)
         return int(first.split()[1]), {name.lower(): value for name, value in headers.items()}
 

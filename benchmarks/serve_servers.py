@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,10 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+
+from open_autoglm.measure.child import die_with
+from open_autoglm.measure.interference import kernel_text
 
 Body = Callable[[Sequence[int], int], dict[str, Any]]
 """From a prompt's token ids and the tokens to generate to the JSON of a request."""
@@ -51,6 +57,7 @@ class Server:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=partial(die_with, os.getpid()),  # however this process ends
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **spec.environment},
             )
         try:
@@ -119,6 +126,13 @@ def pss_bytes(pid: int) -> int:
     return int(sum(process.memory_full_info().pss for process in _tree(pid)))
 
 
+def own_bytes(pid: int) -> tuple[int, ...]:
+    """RssAnon of the process and of each descendant: what it allocated, whoever else maps the same files."""
+    texts = [kernel_text(Path(f"/proc/{process.pid}/status")) for process in _tree(pid)]
+    found = [re.search(r"^RssAnon:\s+(\d+) kB$", text, re.MULTILINE) for text in texts]
+    return tuple(int(match[1]) * 1024 for match in found if match)
+
+
 def _tree(pid: int) -> list[psutil.Process]:
     root = psutil.Process(pid)
     return [root, *root.children(recursive=True)]
@@ -133,6 +147,8 @@ def _free_port() -> int:
 # ── how each is started ──────────────────────────────────────────────────────────────────────────
 
 NAME = "served"
+_BLOCK_TOKENS = 256
+"""Of a block in transformers' cache, by its default."""
 _GREEDY = {"temperature": 0, "stream": True}
 
 
@@ -151,11 +167,15 @@ def llama_server(binary: Path, gguf: Path, slots: int, max_tokens: int, threads:
     return Spec((str(binary), "-m", str(gguf), *size, *where), "/health", openai_body)
 
 
-def transformers_serve(checkpoint: Path, decode: Callable[[Sequence[int]], str]) -> Spec:
+def transformers_serve(
+    checkpoint: Path, slots: int, max_tokens: int, decode: Callable[[Sequence[int]], str]
+) -> Spec:
     """torch as transformers documents it for a server: bf16 and continuous batching (huggingface.co/docs,
-    "Serving"). Its ``--compile`` compiles on GPUs only. It takes prompts as text, so their lengths may differ
-    by a token; nothing ends a text but its length.
+    "Serving"). Its ``--compile`` compiles on GPUs only. Its cache has twice the blocks that the slots need;
+    left to itself it takes 60 % of the host's memory. Prompts are text, so their lengths may differ by a
+    token; nothing ends an answer but its length.
     """
+    blocks = 2 * slots * math.ceil(max_tokens / _BLOCK_TOKENS)
 
     def body(prompt: Sequence[int], output_tokens: int) -> dict[str, Any]:
         settings = '{"do_sample": false, "eos_token_id": null}'
@@ -163,7 +183,8 @@ def transformers_serve(checkpoint: Path, decode: Callable[[Sequence[int]], str])
         return {"model": str(checkpoint), **asked, **_GREEDY}
 
     command = (sys.executable, "-m", "transformers.cli.transformers", "serve", str(checkpoint))
-    how = ("--continuous-batching", "--dtype", "bfloat16", "--device", "cpu")
+    cache = ("--cb-num-blocks", str(blocks))
+    how = ("--continuous-batching", "--dtype", "bfloat16", "--device", "cpu", *cache)
     where = ("--host", "127.0.0.1", "--port", "{port}")
     return Spec((*command, *how, *where), "/health", body)
 

@@ -146,10 +146,11 @@ def judge_targets(
     for streams in sorted({row.streams for row in rows if row.arm == llama}):
         pair = places.get((ours, streams)), places.get((llama, streams))
         targets.append(aim(f"llama.cpp's server, {streams} streams", *pair, "tokens_per_s", LLAMA, False))
-    for figure, bound, less in HEADLINE:
-        others = [row for name in hand_tuned if (row := places.get((name, most)))]
-        rival = _best(others, figure, less=less)
-        targets.append(aim(f"hand-tuned torch, {figure}", best, rival, figure, bound, less))
+    for streams in sorted({1, most}):
+        others = [row for name in hand_tuned if (row := places.get((name, streams)))]
+        for figure, bound, less in HEADLINE:
+            rival, name = _best(others, figure, less=less), f"hand-tuned torch, {figure}"
+            targets.append(aim(name, places.get((ours, streams)), rival, figure, bound, less))
     return targets
 
 

@@ -13,7 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-.PHONY: clients help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation peers
+.PHONY: clients help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation bench-serve bench-soak llama-server peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -139,6 +139,30 @@ bench-gpu: ## On a GPU host: its tests, then all engines for GPUs on 1.5 and 9 b
 
 bench-speculation: $(READY) $(DEMO)/config.json ## Drafts by prompt lookup, by the kind of text (4 minutes)
 	$(BIN)/python -m benchmarks.speculation $(DEMO)
+
+# llama.cpp's sources come with llama-cpp-python's source package, whose wheel holds the libraries only.
+LLAMA_SERVER := $(AUTOGLM_HOME)/peers/llama-server
+LLAMA_SOURCE := $(AUTOGLM_HOME)/peers/llama_cpp_python-0.3.36
+
+llama-server: llamacpp $(LLAMA_SERVER) ## Compile llama.cpp's own server for bench-serve (10 minutes on 2 cores, needs g++ and cmake)
+
+$(LLAMA_SERVER):
+	@mkdir -p $(@D)
+	@$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==0.3.36
+	@tar -xzf $(LLAMA_SOURCE).tar.gz -C $(@D)
+	@cmake -S $(LLAMA_SOURCE)/vendor/llama.cpp -B $(LLAMA_SOURCE)/build -DCMAKE_BUILD_TYPE=Release \
+	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+	  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF > $(@D)/llama-server.log
+	@cmake --build $(LLAMA_SOURCE)/build --target llama-server --parallel >> $(@D)/llama-server.log
+	@cp $(LLAMA_SOURCE)/build/bin/llama-server $@
+
+CANDIDATE ?=
+bench-serve: $(READY) $(DEMO)/config.json ## The endpoint against llama.cpp's server and hand-tuned torch (12 minutes; first: make peers llama-server)
+	$(BIN)/python -m benchmarks.serve $(DEMO) $(if $(CANDIDATE),--candidate $(CANDIDATE))
+
+BUNDLE ?= $(lastword $(sort $(wildcard $(AUTOGLM_HOME)/studies/*/bundle)))
+bench-soak: $(READY) ## 10,000 requests to the endpoint of BUNDLE (default: the newest study's) at twice its capacity
+	$(BIN)/python -m benchmarks.soak $(BUNDLE)
 
 $(DEMO)/config.json: $(READY)
 	$(BIN)/open-autoglm demo-model $(DEMO)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.growth_points import Curve, Figures, Point
 from benchmarks.peer_table import Row
+from benchmarks.serve_table import Figure as ServeFigure
+from benchmarks.serve_table import Row as ServeRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +89,7 @@ CURVES: tuple[tuple[Curve, str], ...] = (
     ("layers", "layers"),
 )
 COLORS = ("#2f74e0", "#d9730d", "#808b99")
+SERVERS = (*COLORS, "#2a9d62", "#9b51c4", "#c0392b")
 
 
 def growth_plot(points: Sequence[Point], form: str) -> bytes:
@@ -133,3 +137,47 @@ def _heights(figures: Figures) -> tuple[tuple[float, float], ...]:
         (figures.tpot_ms.median, figures.bounds.tpot_ms),
         (figures.footprint.peak_rss_bytes / 1e6, 0.0),
     )
+
+
+# ── servers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def serve_plot(rows: Sequence[ServeRow], form: str) -> bytes:
+    """Tokens/s and mean latency over the streams, a line for each server; bars: from least to most heat."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    timed = [row for row in rows if row.kind == "unique" and row.rounds]
+    names = list(dict.fromkeys(row.arm for row in timed))
+    shown: tuple[tuple[Axes, ServeFigure, str], ...] = (
+        (left, "tokens_per_s", "tokens/s"),
+        (right, "latency_ms", "mean latency, ms"),
+    )
+    for axes, name, label in shown:
+        calm(axes)
+        for color, arm in zip(SERVERS, names, strict=False):
+            own = sorted((row for row in timed if row.arm == arm), key=lambda row: row.streams)
+            values = [[round_.figures[name] for round_ in row.rounds] for row in own]
+            middle = [median(found) for found in values]
+            spread = [
+                [at - min(found) for at, found in zip(middle, values, strict=True)],
+                [max(found) - at for at, found in zip(middle, values, strict=True)],
+            ]
+            axes.errorbar(
+                [row.streams for row in own],
+                middle,
+                yerr=spread,
+                color=color,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=own[0].label,
+            )
+        axes.set_xlabel("streams")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return render(figure, form)

@@ -138,6 +138,10 @@ class Child:
         _children.add(self._process)
         self._send({"parent": os.getpid(), "memory_limit_bytes": memory_limit_bytes, "cpus": cpus})
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, job: str, payload: Model, answer_type: type[Answer], timeout_s: float) -> Answer | Failure:
         """Run ``job(payload)`` there; its answer, or why there is none. A child that failed stays failed."""
         if self._failure is not None:

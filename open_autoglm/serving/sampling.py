@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from open_autoglm.engines.contract import Logits
 from open_autoglm.serving.messages import Sampling
 
-_NUCLEUS = 512
-"""Tokens sorted first: nearly always as many as top-p asks for, and a hundredth of the vocabulary."""
+_NUCLEI = (512, 8192)
+"""Tokens sorted before the whole vocabulary is: nearly always as many as top-p asks for."""
 
 
 class Choice(NamedTuple):
@@ -32,7 +32,7 @@ def choose(logits: Logits, sampling: Sampling, random: np.random.Generator) -> C
     if sampling.logprobs is None:
         return Choice(token, None, ())
     logs = _log_softmax(logits)
-    best = np.argsort(-logs, kind="stable")[: sampling.logprobs]
+    best = _largest(logs, sampling.logprobs)
     return Choice(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in best))
 
 
@@ -42,7 +42,7 @@ def _draw(scaled: NDArray[np.float64], top_p: float, random: np.random.Generator
     shares /= shares.sum()
     if top_p == 1:
         return _pick(np.arange(len(shares)), shares, random)
-    for size in (_NUCLEUS, len(shares)):
+    for size in (*_NUCLEI, len(shares)):
         order = _largest(shares, min(size, len(shares)))
         below = np.cumsum(shares[order])
         if below[-1] >= top_p or size == len(shares):
@@ -51,10 +51,10 @@ def _draw(scaled: NDArray[np.float64], top_p: float, random: np.random.Generator
     return _pick(kept, shares[kept], random)
 
 
-def _largest(shares: NDArray[np.float64], count: int) -> NDArray[np.intp]:
+def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.intp]:
     """Indices of the ``count`` largest, the largest first."""
-    found = np.argpartition(-shares, count - 1)[:count]
-    return found[np.argsort(-shares[found], kind="stable")]
+    found = np.argpartition(-values, max(0, count - 1))[:count]
+    return found[np.argsort(-values[found], kind="stable")]
 
 
 def _pick(tokens: NDArray[np.intp], shares: NDArray[np.float64], random: np.random.Generator) -> int:

@@ -31,7 +31,7 @@ def build_variants(checkpoint: Path, directory: Path, count: int) -> list[Bundle
             update={"knobs": {**winner.candidate.knobs, "variant": number}}
         )
         trial = winner.model_copy(update={"candidate": candidate})
-        variants.append(build_bundle(study, trial, directory / str(number)))
+        variants.append(build_bundle(study, trial, directory / str(number) / "bundle"))
     return variants
 
 

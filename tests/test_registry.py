@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import openable_study
 from endpoints import endpoint
 from registries import MlflowServer, Shelf
 
@@ -23,7 +24,7 @@ from open_autoglm.schemas import Aliases, Canary, Event
 from open_autoglm.serving.last_good import remember
 from open_autoglm.serving.source import find_source
 from open_autoglm.settings import Settings
-from open_autoglm.tracking import Tracker, UnderWay, in_use, sentence
+from open_autoglm.tracking import NotFetched, Tracker, UnderWay, in_use, sentence
 from open_autoglm.tracking.bundles import Bundles
 from open_autoglm.tracking.registry import Registry
 
@@ -274,6 +275,24 @@ def cached(root: Path) -> list[str]:
     return [name.split("-")[1] for name in folders]
 
 
+def test_what_a_study_registers_on_a_server_can_be_fetched(
+    shelf: Shelf, remote: Tracker, tiny_glm: Path, tmp_path: Path
+) -> None:
+    """And the study is in the log, as the one who moved the alias."""
+    study = openable_study(tiny_glm)
+    study = study.model_copy(update={"spec": study.spec.model_copy(update={"register_as": "studied"})})
+    bundle = shelf.bundles[0]
+    for _ in range(2):  # a retried task
+        remote.register_champion(study, bundle, remote.start_study(study.spec, study.id, "studied"))
+    (event,) = remote.events("studied")
+    assert (event.kind, event.by, event.after) == ("register", f"study {study.id}", Aliases(champion="1"))
+    found = remote.champion("studied", tmp_path)
+    assert found is not None
+    assert (found.version, found.digest) == ("1", bundle.digest)
+    assert found.bundle.is_relative_to(tmp_path)
+    assert open_bundle(found.bundle)[1].digest == bundle.digest
+
+
 def test_a_bundle_is_fetched_once(
     shelf: Shelf, remote: Tracker, stocked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +321,18 @@ def test_what_was_damaged_on_the_way_is_named_and_not_kept(
     said = f"version {version} of flipped did not come whole from MLflow: model/model.safetensors is damaged"
     with pytest.raises(UserError, match=said):
         fetch(remote, "flipped", version, tmp_path)
+    assert cached(tmp_path) == []
+
+
+def test_what_the_server_lost_is_said(
+    shelf: Shelf, remote: Tracker, mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    """The server answers, so it is not called unreachable, and another time the file may be there."""
+    version = shelf.upload(mlflow_server.url, "lost", shelf.bundles[0])
+    place = shelf.client.get_model_version("lost", version).source.removeprefix("mlflow-artifacts:/")
+    (shelf.home / "server-artifacts" / place / "artifacts/bundle/manifest.json").unlink()
+    with pytest.raises(NotFetched, match=r"MLflow does not hand out .*manifest.json: \S+"):
+        fetch(remote, "lost", version, tmp_path)
     assert cached(tmp_path) == []
 
 

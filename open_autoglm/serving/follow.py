@@ -20,7 +20,7 @@ from open_autoglm.schemas import Alias, Aliases, Canary
 from open_autoglm.serving.errors import Rejected
 from open_autoglm.serving.last_good import remember
 from open_autoglm.serving.source import Source
-from open_autoglm.tracking import CHAMPION, NoRoom, Tracker, UnderWay, Unreachable, in_use
+from open_autoglm.tracking import CHAMPION, NotFetched, Tracker, UnderWay, Unreachable, in_use
 
 EVERY_S = 15.0
 _JITTER = 0.1
@@ -225,7 +225,7 @@ class Follower:
                 source = await self._ask(lambda tracker: self._fetch(tracker, version))
                 held.enter_context(in_use(source.bundle))
                 await admit(source)
-            except (NoRoom, Unreachable) as error:  # it will be tried again
+            except (NotFetched, Unreachable) as error:  # it will be tried again
                 self._tell(role, f"{self._going_on()}: {error}")
             except UserError as error:
                 await self._reject(role, version, aliases, str(error), {})

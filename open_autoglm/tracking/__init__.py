@@ -6,7 +6,7 @@ in threads. Everything can be repeated: runs are found again by tag, versions by
 
 from open_autoglm.tracking.aliases import CHALLENGER, PREVIOUS, UnderWay
 from open_autoglm.tracking.bundles import CHAMPION, RegisteredChampion
-from open_autoglm.tracking.cache import NoRoom, RegisteredVersion, in_use
+from open_autoglm.tracking.cache import NoRoom, NotFetched, RegisteredVersion, in_use
 from open_autoglm.tracking.connection import Unreachable, mlflow_link
 from open_autoglm.tracking.events import sentence
 from open_autoglm.tracking.registry import registered_name
@@ -17,6 +17,7 @@ __all__ = [
     "CHAMPION",
     "PREVIOUS",
     "NoRoom",
+    "NotFetched",
     "RegisteredChampion",
     "RegisteredVersion",
     "Tracker",

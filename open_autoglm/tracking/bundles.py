@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
 from open_autoglm.errors import UserError
-from open_autoglm.tracking.cache import BundleCache, RegisteredVersion
+from open_autoglm.tracking.cache import BundleCache, NotFetched, RegisteredVersion
 from open_autoglm.tracking.connection import Connection
 
 CHAMPION = "champion"
@@ -71,7 +71,7 @@ class Bundles(Connection):
         """Its bundle's directory: where MLflow keeps it if that is on this machine, else in ``cache``.
 
         What is downloaded is checked; what lies here is checked by who opens it.
-        Raises Unreachable, and UserError (NoRoom if the disk is full).
+        Raises Unreachable, and UserError: NotFetched (NoRoom) if it may come another time.
         """
         require_bundle(wanted)
         if (here := _on_this_machine(wanted.source)) is not None:
@@ -93,7 +93,9 @@ class Bundles(Connection):
             except MlflowException as error:  # it downloads in threads, and only quotes what they raise
                 if os.strerror(errno.ENOSPC) in str(error):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-                raise
+                self._client.search_experiments(max_results=1)  # if it is away, that is the reason
+                why = str(error).strip().splitlines()[-1]
+                raise NotFetched(f"MLflow does not hand out {uri}: {why}") from error
 
 
 def require_bundle(found: RegisteredVersion) -> None:

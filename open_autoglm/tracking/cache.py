@@ -29,8 +29,12 @@ Download = Callable[[str, Path], Path]
 """Fetch a part of a bundle ('' for all of it) into a directory, and say where it is."""
 
 
-class NoRoom(UserError):
-    """The disk is full; with more room the same may succeed."""
+class NotFetched(UserError):
+    """A bundle could not be had; the same may succeed later."""
+
+
+class NoRoom(NotFetched):
+    """The disk is full."""
 
 
 class RegisteredVersion(NamedTuple):
@@ -55,7 +59,7 @@ class BundleCache:
     def get(self, wanted: RegisteredVersion, download: Download) -> Path:
         """The bundle, from here if it is whole, else downloaded; one that does not come whole is not kept.
 
-        Raises UserError, NoRoom if the disk is full.
+        Raises UserError, NotFetched (NoRoom) if it may come another time.
         """
         entry = self._root / f"{wanted.name}-{wanted.version}-{wanted.digest[:12]}"
         try:

@@ -39,7 +39,8 @@ def served(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 def run(*command: str | Path, cwd: Path) -> str:
     outcome = subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONPATH": "", "HOME": str(cwd)},
+        # Offline, AIPerf takes a tokenizer's directory for a name on the hub.
+        env={**os.environ, "PYTHONPATH": "", "HOME": str(cwd), "HF_HUB_OFFLINE": "0"},
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
     return outcome.stdout

@@ -174,11 +174,11 @@ def test_a_challenger_keeps_its_callers(
     )
     with traffic(served.url, 4) as found:
         wait_for_answers(found, 8)
-        assert admin.post("/admin/promote").status_code == 200
+        assert admin.post("/admin/promote", json={}).status_code == 200
         wait_for_answers(found, 16)
     found.check()
     assert {bundle for _, _, bundle in found.answers[-4:]} == {digest(bundles[1])[:12]}
-    assert admin.post("/admin/promote").status_code == 400
+    assert admin.post("/admin/promote", json={}).status_code == 400
 
 
 def test_a_challenger_that_dies_fails_nobody(

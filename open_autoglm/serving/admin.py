@@ -78,6 +78,7 @@ def fleet_status(fleet: Fleet) -> Json:
         "champion": _service_status(fleet.champion),
         "challenger": _service_status(fleet.challenger) if fleet.challenger else None,
         "canary": fleet.canary.model_dump(),
+        "contest": fleet.contest.status.model_dump(mode="json") if fleet.contest else None,
         "events": [event.model_dump(mode="json") for event in fleet.events],
     }
 

@@ -10,19 +10,21 @@ import asyncio
 import hashlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from open_autoglm.bundle import open_bundle
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Canary, Manifest, Model
 from open_autoglm.serving.compatibility import compatibility
+from open_autoglm.serving.contest import Contest
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.errors import Rejected
 from open_autoglm.serving.exam import Check, Exam, examine
+from open_autoglm.serving.judge import Verdict
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board, Role
 from open_autoglm.serving.service import Service, ServiceOptions, start_service
@@ -35,7 +37,7 @@ _LEAST_STAY_S = 1.0
 """Whoever was given a service has begun to ask it by then."""
 _EVENTS = 100
 
-EventKind = Literal["started", "swapped", "rejected", "challenger", "dropped", "promoted", "canary"]
+EventKind = Literal["started", "swapped", "rejected", "challenger", "dropped", "promoted", "canary", "judged"]
 
 
 class Event(Model):
@@ -83,6 +85,7 @@ class Launcher:
         return self.engine.model_copy(update={"bundle": source.bundle})
 
 
+OnVerdict = Callable[[Literal["promote", "rollback"], str, Mapping[str, Any]], Awaitable[None]]
 Examine = Callable[[Service, Service, Manifest], Awaitable[Exam]]
 
 
@@ -96,6 +99,9 @@ class Fleet:
         self.champion = champion
         self.challenger: Service | None = None
         self.canary = Canary()
+        self.contest: Contest | None = None
+        self.on_verdict: OnVerdict | None = None
+        """Who moves the aliases by what the judge says; without it the fleet changes by itself."""
         self.events: deque[Event] = deque(maxlen=_EVENTS)
         self._launcher = launcher
         self._board = board
@@ -146,6 +152,7 @@ class Fleet:
             newcomer = await self._admit(source)
             self._give_role(newcomer, "challenger")
             self.challenger, self.canary = newcomer, canary
+            self._begin_contest()
             self._tell("challenger", f"{called(newcomer)} is tried: {_shares(canary)}")
 
     async def promote(self) -> None:
@@ -153,6 +160,7 @@ class Fleet:
         async with self._changing:
             if self.challenger is None:
                 raise UserError("there is no challenger to promote")
+            self._end_contest()
             before, self.champion, self.challenger = self.champion, self.challenger, None
             self.canary = Canary()
             self.champion.metrics.hide()
@@ -167,11 +175,16 @@ class Fleet:
     def set_canary(self, canary: Canary) -> None:
         """Change the challenger's share."""
         if canary != self.canary:
+            other_shadow = canary.shadow_percent != self.canary.shadow_percent
             self.canary = canary
+            if other_shadow and self.challenger is not None:
+                self._end_contest()
+                self._begin_contest()
             self._tell("canary", _shares(canary))
 
     async def close(self) -> None:
         """End all engines; what they were answering is lost."""
+        self._end_contest()
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -209,9 +222,29 @@ class Fleet:
 
     def _drop(self, reason: str) -> None:
         if self.challenger is not None:
+            self._end_contest()
             before, self.challenger, self.canary = self.challenger, None, Canary()
             self._let_go(before)
             self._tell("dropped", f"{called(before)} is tried no more: {reason}")
+
+    def _begin_contest(self) -> None:
+        assert self.challenger is not None
+        self.contest = Contest(self.champion, self.challenger, self.canary.shadow_percent, self._act_on)
+
+    def _end_contest(self) -> None:
+        if self.contest is not None:
+            self.contest.close()
+            self.contest = None
+
+    async def _act_on(self, verdict: Verdict) -> None:
+        self._tell("judged", f"{verdict.kind}: {verdict.reason}")
+        if self.on_verdict is not None and self.challenger is not None and self.challenger.version:
+            kind: Literal["promote", "rollback"] = "promote" if verdict.kind == "promote" else "rollback"
+            await self.on_verdict(kind, verdict.reason, verdict.evidence.model_dump(mode="json"))
+        elif verdict.kind == "promote":
+            await self.promote()
+        else:
+            await self.drop_challenger(verdict.reason)
 
     def _give_role(self, service: Service, role: Role) -> None:
         service.metrics = self._board.of(service.version, service.digest, role)

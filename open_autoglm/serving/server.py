@@ -88,6 +88,8 @@ async def serve(
     launcher = Launcher(options.name, options.engine, options.service, options.engine_log)
     fleet = Fleet(launcher, Board(options.name), await launcher.launch(options.source))
     follower = _follower(options.source, fleet, Settings()) if options.follow else None
+    if follower is not None:
+        fleet.on_verdict = follower.verdict
 
     def warning() -> str:
         return follower.warning if follower else options.source.warning

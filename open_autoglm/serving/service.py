@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from open_autoglm.bundle import end_tokens
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Manifest, Model
-from open_autoglm.serving.engine import Engine, EngineLost, NotFinite
+from open_autoglm.serving.engine import Engine, EngineLost, ErrorCode, NotFinite
 from open_autoglm.serving.messages import EngineOptions, Finish, Generation, Sampling, Token
-from open_autoglm.serving.metrics import Metrics, State
+from open_autoglm.serving.metrics import Metrics, RequestTimes, State
 from open_autoglm.serving.source import Source
 from open_autoglm.serving.text import TextStream
 
@@ -61,6 +61,17 @@ class Piece:
     finish: Finish | None = None
 
 
+class Outcome(NamedTuple):
+    """How an answer ended, for whoever tries this service beside another."""
+
+    ttft_ms: float | None
+    e2e_ms: float
+    error: ErrorCode | None = None
+
+
+Heard = Callable[[Asked, Outcome], None]
+
+
 @dataclass
 class _Pace:
     """How long requests take, lately."""
@@ -89,6 +100,8 @@ class Service:
     begun: int = 0
     """Answers ever begun; of these ``ended`` have ended, well or not."""
     ended: int = 0
+    heard: Heard | None = None
+    """Told of every answer that has ended, but of none that nobody wanted any more."""
     _inside: int = 0
     _pace: _Pace = field(default_factory=_Pace)
 
@@ -211,21 +224,30 @@ class Service:
                         seen.token(token.cached_tokens)
                     piece = _piece(token, text)
                     if piece.finish is not None:
-                        self._pace.learn(seen.finished(piece.finish))
+                        seconds = seen.finished(piece.finish)
+                        self._pace.learn(seconds)
+                        self._tell(asked, seen, seconds)
                     yield piece
                     if piece.finish is not None:
                         return
-        except NotFinite:
+        except NotFinite as error:
             seen.not_finite()
+            self._tell(asked, seen, 0, error.code)
             raise
-        except EngineLost:
+        except EngineLost as error:
             seen.failed()
+            self._tell(asked, seen, 0, error.code)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             seen.finished("abort")
             raise
         finally:
             self.ended += 1
+
+    def _tell(self, asked: Asked, seen: RequestTimes, seconds: float, error: ErrorCode | None = None) -> None:
+        if self.heard is not None:
+            ttft_ms = None if seen.ttft_s is None else 1e3 * seen.ttft_s
+            self.heard(asked, Outcome(ttft_ms, 1e3 * seconds, error))
 
 
 def _resident_bytes(pid: int | None) -> int:

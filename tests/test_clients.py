@@ -40,7 +40,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     outcome = subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
         # Offline, AIPerf takes a tokenizer's directory for a name on the hub.
-        env={**os.environ, "PYTHONPATH": "", "HOME": str(cwd), "HF_HUB_OFFLINE": "0"},
+        env={**os.environ, "PYTHONPATH": "", "HOME": str(cwd), "HF_HUB_OFFLINE": ""},
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
     return outcome.stdout

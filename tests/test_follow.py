@@ -179,7 +179,9 @@ def test_a_challenger_that_outlives_a_swap_is_tried_again(
     look(follower)
     shelf.tracker.promote(name, "3", by="ada")
     look(follower)
-    assert fleet.since() == ["try 2 at 10", "swap 3", "try 2 at 10"]
+    assert fleet.since() == ["try 2 at 10", "swap 3"]  # and the registry is asked again before more is done
+    look(follower)
+    assert fleet.since() == ["try 2 at 10"]
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────

@@ -164,8 +164,12 @@ class Follower:
         for role, version in list(self._rejected.items()):
             if getattr(aliases, role) != version:
                 del self._rejected[role]
+        before, _ = self._fleet.versions
         await self._follow_champion(aliases)
-        await self._follow_challenger(aliases)
+        if self._fleet.versions[0] == before:
+            await self._follow_challenger(aliases)
+        else:
+            self._sooner.set()  # loading took its time, and aliases may have moved again
 
     # ── what the aliases say ─────────────────────────────────────────────────────────────────────
 
@@ -201,6 +205,7 @@ class Follower:
             self._well("challenger")
         elif wanted == tried:
             self._fleet.set_canary(canary)
+            self._well("challenger")
         elif wanted != running:
 
             async def try_it(source: Source) -> None:

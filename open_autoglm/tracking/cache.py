@@ -69,7 +69,7 @@ class BundleCache:
                 entry.touch()
         except OSError as error:
             if error.errno not in _FULL:
-                raise
+                raise NotFetched(f"{wanted} cannot be kept in {self._root}: {error}") from error
             raise NoRoom(
                 f"the disk of {self._root} became full while {wanted} was fetched; nothing of it was kept: "
                 f"{_MORE_ROOM}"
@@ -121,7 +121,10 @@ def _lock_of(entry: Path) -> Path:
 
 
 def _age_ns(entry: Path) -> int:
-    return entry.stat().st_mtime_ns
+    try:
+        return entry.stat().st_mtime_ns
+    except FileNotFoundError:  # another process has removed it
+        return 0
 
 
 def _remove_unless_used(folder: Path, lock: Path) -> None:

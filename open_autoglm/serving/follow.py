@@ -88,11 +88,13 @@ class Follower:
         cache: Path,
         by: str = "endpoint",
         every_s: float = EVERY_S,
+        warning: str = "",
     ) -> None:
         """Follow `champion` and `challenger` of ``model`` in the registry that ``connect`` reaches.
 
         ``home`` is where the last good version is noted, ``cache`` where bundles are downloaded to; ``by``
-        signs what this endpoint writes into the registry's events.
+        signs what this endpoint writes into the registry's events. ``warning`` is what was wrong
+        at the start, until the registry has answered.
         """
         self._fleet = fleet
         self._model = model
@@ -108,7 +110,7 @@ class Follower:
         """What the registry has to be told, in this order."""
         self._sending = asyncio.Lock()
         self._rejected: dict[_Role, str] = {}
-        self._wrong: dict[str, str] = {}
+        self._wrong: dict[str, str] = {"registry": warning} if warning else {}
         self._answering: dict[str, _Held] = {}
         """What was let in, by its version."""
 

@@ -129,6 +129,7 @@ def _follower(source: Source, fleet: Fleet, settings: Settings) -> Follower:
         lambda: connect(settings),
         home=settings.home,
         cache=cache_of(settings),
+        warning=source.warning,
     )
 
 

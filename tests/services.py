@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from open_autoglm.bundle import open_bundle
+from open_autoglm.serving.fleet import Fleet, Launcher
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board
 from open_autoglm.serving.service import Service, ServiceOptions, start_service
@@ -59,6 +61,18 @@ def event_loop(logs: Path) -> Iterator[Loop]:
         yield loop
     finally:
         loop.close()
+
+
+def fleet_of(service: Service) -> Fleet:
+    """With nobody but ``service``."""
+    engine = engine_options(service.source.bundle)
+    launcher = Launcher(service.name, engine, ServiceOptions(queue=8, deadline_s=30), Path(os.devnull))
+    return Fleet(launcher, Board(service.name), service)
+
+
+def counted(service: Service) -> str:
+    """All series of its clients' figures."""
+    return service.metrics._board.exposition().decode()
 
 
 def with_nan(bundle: Path) -> None:

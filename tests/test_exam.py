@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from bundles import altered, golden_prompts, onnxruntime_bundle, openable_study
-from services import Loop, engine_options, event_loop, with_nan, with_other_weights
+from endpoints import metric
+from services import Loop, counted, engine_options, event_loop, fleet_of, with_nan, with_other_weights
 from tiny_models import build_tokenizer
 
 from open_autoglm.bundle import MANIFEST, build_bundle, evidence_of, open_bundle
@@ -75,14 +76,12 @@ def with_evidence(manifest: Manifest, **changes: Any) -> Manifest:
 
 def test_the_same_bundle_passes(loop: Loop, newcomer: Service, running: Service, manifest: Manifest) -> None:
     """With the figures in words, and none of it counts as a client's."""
-    before = newcomer.exposition()
     found = loop.runner.run(examine(newcomer, running, manifest))
     assert found.passed, found.refusals
     assert [check.name for check in found.checks] == ["golden_prompts", "latency"]
     assert "32 tokens of 2 golden prompts, 0 of them otherwise" in check(found, "golden_prompts").told
     assert "6 pairs of 184/16 tokens" in check(found, "latency").told
-    assert b'vllm:e2e_request_latency_seconds_count{model_name="tiny"} 0.0' in before
-    assert b'vllm:e2e_request_latency_seconds_count{model_name="tiny"} 0.0' in newcomer.exposition()
+    assert metric(counted(newcomer), "vllm:e2e_request_latency_seconds_count") == 0
     assert newcomer.begun == 0
 
 
@@ -163,9 +162,10 @@ def test_nan_fails_the_exam(loop: Loop, broken: Service, manifest: Manifest) -> 
 
 def test_nan_is_no_answer(loop: Loop, broken: Service) -> None:
     """Clients get an error and not the text of token 0; it is counted, and the engine lives."""
+    app = create_app(fleet_of(broken))
 
     async def ask(**more: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(broken), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {"model": "tiny", "prompt": TEXTS[0], "max_tokens": 4, **more}
             return await client.post("/v1/completions", json=body)
@@ -176,9 +176,9 @@ def test_nan_is_no_answer(loop: Loop, broken: Service) -> None:
         error = response.json()["error"]
         assert (error["type"], error["code"]) == ("engine_error", "not_finite")
         assert "send the request again" not in error["message"]
-    counts = broken.exposition()
-    assert b'autoglm_requests_not_finite_total{model_name="tiny"} 3.0' in counts
-    assert b'autoglm_requests_failed_total{model_name="tiny"} 0.0' in counts
+    counts = counted(broken)
+    assert metric(counts, "autoglm_requests_not_finite_total") == 3
+    assert metric(counts, "autoglm_requests_failed_total") == 0
     assert loop.runner.run(ask(n=2)).status_code == 500  # the first to fail ends both
     assert broken.engine.state == "ready"
     assert broken.begun == broken.ended

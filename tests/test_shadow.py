@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bundles import altered, onnxruntime_bundle
-from services import Loop, event_loop, with_nan
+from services import Loop, counted, event_loop, with_nan
 
 from open_autoglm.serving.messages import Sampling
 from open_autoglm.serving.service import Asked, Service
@@ -75,7 +75,7 @@ async def replayed(shadow: Shadow, prompts: int, tokens: int) -> ShadowEvidence:
 
 def test_each_prompt_is_answered_by_both(loop: Loop, champion: Service, challenger: Service) -> None:
     """In turns, with times of both; the same bundle says the same. Clients' figures know nothing of it."""
-    before = champion.exposition(), challenger.exposition()
+    before = counted(champion), counted(challenger)
     found = loop.runner.run(replayed(Shadow(champion, challenger, ShadowOptions()), 6, 12))
     assert (found.offered, found.taken, found.dropped, found.gave_way) == (6, 6, 0, 0)
     assert [pair.champion_first for pair in found.pairs] == [True, False] * 3
@@ -89,11 +89,11 @@ def test_each_prompt_is_answered_by_both(loop: Loop, champion: Service, challeng
             assert side.tpot_ms == pytest.approx((side.e2e_ms - side.ttft_ms) / 11)
             assert 0 < side.ttft_ms < side.e2e_ms
 
-    def counted(exposition: bytes) -> list[bytes]:
-        return [line for line in exposition.splitlines() if b"_count{" in line or b"_total{" in line]
+    def counts(exposition: str) -> list[str]:
+        return [line for line in exposition.splitlines() if "_count{" in line or "_total{" in line]
 
-    after = champion.exposition(), challenger.exposition()
-    assert list(map(counted, after)) == list(map(counted, before))
+    after = counted(champion), counted(challenger)
+    assert list(map(counts, after)) == list(map(counts, before))
 
 
 def test_evidence_holds_no_text(loop: Loop, champion: Service, challenger: Service) -> None:

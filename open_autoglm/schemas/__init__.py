@@ -78,6 +78,16 @@ from open_autoglm.schemas.study import (
     VerdictKind,
     without_password,
 )
+from open_autoglm.schemas.watch import (
+    Cause,
+    CauseKind,
+    Histogram,
+    Judgement,
+    LatencyWindow,
+    Slo,
+    Stage,
+    WatchState,
+)
 
 __all__ = [
     "CRITERION",
@@ -96,6 +106,8 @@ __all__ = [
     "Canary",
     "Candidate",
     "Capsule",
+    "Cause",
+    "CauseKind",
     "Checkpoint",
     "Comparison",
     "Conditions",
@@ -114,8 +126,11 @@ __all__ = [
     "Gpu",
     "Hardware",
     "HeadPruning",
+    "Histogram",
     "Incumbent",
+    "Judgement",
     "Knob",
+    "LatencyWindow",
     "Manifest",
     "Measurements",
     "Metric",
@@ -141,12 +156,15 @@ __all__ = [
     "Round",
     "Scenario",
     "Screening",
+    "Slo",
+    "Stage",
     "Study",
     "TargetDevice",
     "Trial",
     "TrialStatus",
     "Verdict",
     "VerdictKind",
+    "WatchState",
     "Workload",
     "without_password",
 ]

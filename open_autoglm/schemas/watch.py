@@ -1,0 +1,122 @@
+"""What a served model is watched by: the promise, a slice of what happened, the judgement and its cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Literal, Self
+
+from pydantic import AwareDatetime, Field, model_validator
+
+from open_autoglm.schemas.base import Model
+
+Stage = Literal["ttft", "tpot", "e2e", "queue"]
+"""Of an answer: request to first token, mean of a token after it, request to last token, wait for a slot."""
+
+WatchState = Literal["ok", "breached", "no_data"]
+CauseKind = Literal["load", "environment", "mix", "engine", "unknown"]
+
+
+class Slo(Model):
+    """The promise. What is None is not promised."""
+
+    ttft_p95_ms: float | None = Field(None, gt=0)
+    tpot_p95_ms: float | None = Field(None, gt=0)
+    e2e_p95_ms: float | None = Field(None, gt=0)
+    error_fraction: float = Field(0.01, ge=0, le=1, description="of all answers: lost, refused or not finite")
+
+
+class Histogram(Model):
+    """Values of a window by buckets, as Prometheus counts them, but not cumulated."""
+
+    bounds: tuple[float, ...] = Field(description="upper ones, ascending, without infinity")
+    counts: tuple[int, ...] = Field(description="of each bucket, the one above the last bound included")
+    sum: float
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if len(self.counts) != len(self.bounds) + 1:
+            raise ValueError(f"{len(self.bounds)} bounds need {len(self.bounds) + 1} counts")
+        if list(self.bounds) != sorted(set(self.bounds)):
+            raise ValueError("bounds must ascend")
+        if min(self.counts) < 0:
+            raise ValueError("a count is negative")
+        return self
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float | None:
+        """Exact, unlike the quantiles. None without values."""
+        return self.sum / self.count if self.count else None
+
+    def above(self, bound: float) -> int | None:
+        """How many values were greater; exact, so None if ``bound`` is not one of ours."""
+        if bound not in self.bounds:
+            return None
+        return sum(self.counts[self.bounds.index(bound) + 1 :])
+
+    def quantile(self, share: float) -> float | None:
+        """By linear interpolation in its bucket, as Prometheus' ``histogram_quantile`` does it.
+
+        None without values; the last bound if it lies above it.
+        """
+        if not self.count:
+            return None
+        rank, lower = share * self.count, 0.0
+        for bound, count, up_to in zip(self.bounds, self.counts, accumulate(self.counts), strict=False):
+            if up_to >= rank and count:
+                return lower + (bound - lower) * (rank - (up_to - count)) / count
+            lower = bound
+        return self.bounds[-1]
+
+
+class LatencyWindow(Model):
+    """What one version of a served model did between two moments."""
+
+    service: str = Field(description="the model's public name")
+    version: str = Field(description="in the registry; empty if it has none")
+    bundle_digest: str = Field(description="its first 12 characters")
+    begin: AwareDatetime
+    end: AwareDatetime
+    source: Literal["prometheus", "endpoint"]
+    requests: int = Field(ge=0, description="that were let in")
+    refused: int = Field(ge=0)
+    failed: int = Field(ge=0, description="lost by a crash, or not finite")
+    restarts: int = Field(ge=0, description="of the engine, in the window")
+    times_ms: Mapping[Stage, Histogram]
+    prompt_tokens: Histogram
+    output_tokens: Histogram
+    cached_tokens: int = Field(ge=0, description="of the prompts: not computed, they were in the cache")
+    memory_bytes: int = Field(ge=0, description="resident, of the engine's process; 0: unknown")
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.begin).total_seconds()
+
+    @property
+    def error_fraction(self) -> float | None:
+        asked = self.requests + self.refused
+        return (self.failed + self.refused) / asked if asked else None
+
+
+class Cause(Model):
+    """Why a breach happened, with what speaks for it."""
+
+    kind: CauseKind
+    told: str = Field(description="one sentence")
+    evidence: Mapping[str, float | str] = Field(description="figures by name, units in the names")
+
+
+class Judgement(Model):
+    """What was found at one look."""
+
+    service: str
+    at: AwareDatetime
+    state: WatchState
+    reasons: tuple[str, ...] = Field(description="sentences; for `ok` what was looked at")
+    window: LatencyWindow | None = None
+    figures: Mapping[str, float] = Field(default={}, description="what was compared, units in the names")
+    cause: Cause | None = None

@@ -7,7 +7,7 @@ like another, so that no cache helps. ``shared`` prompts have three quarters in 
 the difference to ``--no-reuse-prefixes``. Answers have one length, whatever ends a text.
 
 What the endpoint adds to a first token is taken apart: each prompt by the bare engine and by the endpoint,
-one right after the other. Who cannot be started or answers wrongly is a row with its reason.
+in turns of a few. Who cannot be started or answers wrongly is a row with its reason.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from open_autoglm.settings import Settings
 RESULTS = Path(__file__).parent / "results"
 _PAIR_TOKENS = 8
 """Of the answers by which the endpoint and the bare engine are compared: the first one counts."""
+_BLOCK = 5
+"""Prompts that one of the two is asked in a row."""
 
 QUICK = Sizes(prompt_tokens=16, output_tokens=4, heats=3, streams=(1, 2), pairs=6)
 
@@ -139,16 +141,18 @@ def order(places: int, heat: int) -> list[int]:
 def added(entrants: Entrants, prompts: Tokens) -> list[float]:
     """For each prompt the endpoint's TTFT less the bare engine's, in milliseconds; [] if one is missing.
 
-    Raises WrongAnswer.
+    Each is asked a few prompts in a row, and the first of them, which wakes a process that was stopped, is
+    left out. Raises WrongAnswer.
     """
     if BARE not in entrants or ENDPOINT not in entrants:
         return []
-    found = []
-    for number in range(len(prompts)):
-        names = (BARE, ENDPOINT) if number % 2 else (ENDPOINT, BARE)
-        one = prompts[number : number + 1]
-        ttft = {name: entrants.ask(name, one, 1, _PAIR_TOKENS).answers[0].ttft_ms for name in names}
-        found.append(ttft[ENDPOINT] - ttft[BARE])
+    found: list[float] = []
+    for number in range(0, len(prompts), _BLOCK):
+        block = prompts[number : number + _BLOCK]
+        names = (BARE, ENDPOINT) if number // _BLOCK % 2 else (ENDPOINT, BARE)
+        loads = {name: entrants.ask(name, block, 1, _PAIR_TOKENS) for name in names}
+        pairs = zip(loads[ENDPOINT].answers, loads[BARE].answers, strict=True)
+        found += [ours.ttft_ms - bare.ttft_ms for ours, bare in list(pairs)[1:]]
     return found
 
 

@@ -12,7 +12,7 @@ from open_autoglm.serving.server import bind
 
 
 def test_answers_are_sent_without_delay() -> None:
-    """asyncio leaves Nagle's algorithm on for sockets whose protocol is not named, which costs 40 ms an answer."""
+    """asyncio leaves Nagle's algorithm on if the protocol is not named, which costs 40 ms an answer."""
 
     async def accepted() -> int:
         found: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -303,14 +303,14 @@ def limit_words(study: Study) -> list[str]:
 
 
 def how_to_load(study: Study) -> list[str]:
-    """Python that loads the champion from the registry and lets it speak; empty if it is not registered."""
+    """Python that loads the winner from the registry and lets it speak; empty if it is not registered."""
     registration = study.registration
-    if registration is None or registration.model_name is None:
+    if registration is None or registration.model_uri is None:
         return []
     return [
         "import mlflow",
         f'mlflow.set_tracking_uri("{registration.tracking_uri}")',
-        f'model = mlflow.pyfunc.load_model("models:/{registration.model_name}@champion")',
+        f'model = mlflow.pyfunc.load_model("{registration.model_uri}")',
         'print(model.predict(["The capital of France is"]))',
     ]
 

@@ -57,7 +57,7 @@ class StudyRef(StudyIdentity):
 
 def study_key(spec: OptimizeSpec, checkpoint: Checkpoint, hardware: Hardware) -> str:
     """Everything a study's figures depend on; two studies with one key may share trials."""
-    content = spec.model_dump(mode="json", exclude={"model_path", "output", "register_as"})
+    content = spec.model_dump(mode="json", exclude={"model_path", "output", "register_as", "promote"})
     versions = library_versions() | {"open-autoglm": version("open-autoglm")}
     return digest_of([content, checkpoint.digest, hardware.fingerprint, versions])
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 from bundles import onnxruntime_bundle
+from click.testing import CliRunner, Result
 from endpoints import Endpoint, endpoint, metric
 
 from open_autoglm.bundle import open_bundle
+from open_autoglm.cli.main import cli
 from open_autoglm.serving.local import local_endpoints
 
 NAME = "tiny"
@@ -48,6 +50,11 @@ def admin(served: Endpoint) -> Iterator[httpx.Client]:
 
 def digest(bundle: Path) -> str:
     return open_bundle(bundle, verify=False)[1].digest
+
+
+def command(served: Endpoint, *arguments: str) -> Result:
+    """As its user types it on the same machine."""
+    return CliRunner().invoke(cli, list(arguments), env={"AUTOGLM_HOME": str(served.home)})
 
 
 class Traffic:
@@ -116,8 +123,9 @@ def test_a_swap_under_load_fails_nobody(
     with traffic(served.url) as found:
         wait_for_answers(found, 20)
         for bundle in (bundles[1], bundles[0], bundles[1]):
-            response = admin.post("/admin/swap", json={"source": str(bundle)})
-            assert response.status_code == 200, response.text
+            said = command(served, "swap", str(bundle))
+            assert said.exit_code == 0, said.output
+            assert f"bundle {digest(bundle)[:12]} answers instead of" in said.output
             wait_for_answers(found, 20)
     found.check()
     first, second = (digest(bundle)[:12] for bundle in bundles)
@@ -126,6 +134,7 @@ def test_a_swap_under_load_fails_nobody(
     status = admin.get("/admin/fleet").json()
     assert status["champion"]["bundle_digest"] == digest(bundles[1])
     assert [event["kind"] for event in status["events"]] == ["started", "swapped", "swapped", "swapped"]
+    assert {check["name"] for check in status["events"][-1]["checks"]} >= {"tokenizer", "golden_prompts"}
     text = admin.get("/metrics").text
     assert metric(text, "vllm:request_success_total", bundle_digest=first) > 0
     assert metric(text, "autoglm_model_info") == 1  # who was replaced has no state any more
@@ -142,15 +151,20 @@ def test_a_bundle_that_cannot_serve_changes_nothing(
     graph.write_bytes(content)
     with traffic(served.url, 2) as found:
         damaged = admin.post("/admin/swap", json={"source": str(copy)})
+        refused = command(served, "swap", str(copy))
         missing = admin.post("/admin/swap", json={"source": str(tmp_path / "nothing")})
         wait_for_answers(found, 10)
     found.check()
     assert damaged.status_code == 409
     assert "is damaged, its SHA-256" in damaged.json()["error"]["message"]
     assert missing.status_code == 400
+    assert str(refused.exception) == damaged.json()["error"]["message"]
     status = admin.get("/admin/fleet").json()
     assert status["champion"]["bundle_digest"] == digest(bundles[0])
-    assert [event["kind"] for event in status["events"]] == ["started", "rejected"]
+    assert [event["kind"] for event in status["events"]] == ["started", "rejected", "rejected"]
+    shown = command(served, "endpoints").output
+    assert served.url in shown
+    assert f"({digest(bundles[0])[:12]}): engine ready, 0 restarts" in shown
 
 
 def test_a_challenger_keeps_its_callers(

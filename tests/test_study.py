@@ -80,7 +80,9 @@ def test_another_host_is_another_study(settings: Settings, study: StudyRef) -> N
 
 def test_where_it_is_kept_does_not_make_another_study(settings: Settings, study: StudyRef) -> None:
     """Neither the path of the model nor the name it is registered by changes a figure."""
-    moved = SPEC.model_copy(update={"model_path": "elsewhere", "register_as": "name", "output": "there"})
+    moved = SPEC.model_copy(
+        update={"model_path": "elsewhere", "register_as": "name", "output": "there", "promote": False}
+    )
     assert begin(settings, spec=moved).key == study.key
 
 

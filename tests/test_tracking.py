@@ -62,10 +62,17 @@ def begin(tracker: Tracker, model_name: str, study_id: str = "study-1") -> str:
     return tracker.start_study(demo_study().spec, study_id, model_name)
 
 
-def named(study: Study, name: str, **changes: Any) -> Study:
+def named(study: Study, name: str, promote: bool = True, **changes: Any) -> Study:
     """The openable study, registered as ``name``."""
-    spec = study.spec.model_copy(update={"register_as": name})
+    spec = study.spec.model_copy(update={"register_as": name, "promote": promote})
     return study.model_copy(update={"spec": spec, **changes})
+
+
+def another_bundle(study: Study, directory: Path) -> Bundle:
+    """Of the same files, tuned otherwise."""
+    winner = study.trial(study.champion or "")
+    tuned = winner.candidate.model_copy(update={"knobs": {"compile": True}})
+    return build_bundle(study, winner.model_copy(update={"candidate": tuned}), directory)
 
 
 def aliases_of(client: Any, name: str) -> dict[str, str]:
@@ -227,14 +234,24 @@ def test_champion_is_registered_once(tracker: Tracker, client: Any, study: Study
     assert aliases_of(client, "once") == {"champion": "1"}
 
 
+def test_a_winner_may_be_registered_without_being_promoted(
+    tracker: Tracker, client: Any, study: Study, bundle: Bundle, tmp_path: Path
+) -> None:
+    """It is to be tried beside the champion first; without a champion there is nobody to be tried beside."""
+    first = tracker.register_champion(named(study, "tried", promote=False), bundle, begin(tracker, "tried"))
+    assert (first.model_version, first.model_uri) == ("1", "models:/tried@champion")
+    other = another_bundle(study, tmp_path / "other")
+    second = tracker.register_champion(named(study, "tried", promote=False), other, begin(tracker, "tried"))
+    assert (second.model_version, second.model_uri) == ("2", "models:/tried/2")
+    assert aliases_of(client, "tried") == {"champion": "1"}
+
+
 def test_aliases_follow_the_champion(
     tracker: Tracker, client: Any, study: Study, bundle: Bundle, tmp_path: Path
 ) -> None:
     """A new champion makes the old one `previous`; when the old one wins again the two swap."""
     run_id = begin(tracker, "aliases")
-    winner = study.trial(study.champion or "")
-    tuned = winner.candidate.model_copy(update={"knobs": {"compile": True}})
-    other = build_bundle(study, winner.model_copy(update={"candidate": tuned}), tmp_path / "other")
+    other = another_bundle(study, tmp_path / "other")
     aliases = []
     for chosen in (bundle, other, bundle):
         tracker.register_champion(named(study, "aliases"), chosen, run_id)

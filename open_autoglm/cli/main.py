@@ -87,6 +87,11 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
+@click.option(
+    "--promote/--no-promote",
+    default=True,
+    help="Make the winner the registered champion at once.  [default: yes]",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Directory of the study.")
 @click.option("--dry-run", is_flag=True, help="Analyse and plan; run nothing.")
 @click.option(
@@ -207,6 +212,26 @@ def serve(**arguments: Any) -> None:
     from open_autoglm.cli.serve import run_serve
 
     sys.exit(run_serve(**arguments))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def endpoints(as_json: bool) -> None:
+    """Show the endpoints that run here, and who answers at each."""
+    from open_autoglm.cli.running import run_endpoints
+
+    sys.exit(run_endpoints(as_json=as_json))
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of the endpoint, if several run here.")
+@click.option("--json", "as_json", is_flag=True, help="Print who answers now as one JSON object instead.")
+def swap(source: str, **arguments: Any) -> None:
+    """Let a running endpoint serve SOURCE instead, between two tokens, if it passes its checks."""
+    from open_autoglm.cli.running import run_swap
+
+    sys.exit(run_swap(source, **arguments))
 
 
 @cli.command("new-key")

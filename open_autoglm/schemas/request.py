@@ -139,6 +139,12 @@ class OptimizeSpec(Model):
         description="Name in the MLflow registry; the checkpoint directory's name if empty",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
     )
+    promote: bool = Field(
+        True,
+        title="Promote the winner",
+        description="Make it the registered champion at once; off: it becomes a version that may be tried "
+        "beside the champion first. A model without a champion gets one in any case",
+    )
     trust_remote_code: bool = Field(
         False, title="Trust remote code", description="Run Python code that comes with the checkpoint"
     )

@@ -138,22 +138,22 @@ class Fleet:
     async def swap(self, source: Source) -> None:
         """Make the bundle the champion. Raises Rejected, and the old one goes on."""
         async with self._changing:
-            newcomer = await self._admit(source)
+            newcomer, checks = await self._admit(source)
             self._drop("the champion was replaced")
             before, self.champion = self.champion, newcomer
             self._give_role(newcomer, "champion")
             self._let_go(before)
-            self._tell("swapped", f"{called(newcomer)} answers instead of {called(before)}")
+            self._tell("swapped", f"{called(newcomer)} answers instead of {called(before)}", checks)
 
     async def try_challenger(self, source: Source, canary: Canary) -> None:
         """Let the bundle answer its share beside the champion. Raises Rejected."""
         async with self._changing:
             self._drop("another challenger takes its place")
-            newcomer = await self._admit(source)
+            newcomer, checks = await self._admit(source)
             self._give_role(newcomer, "challenger")
             self.challenger, self.canary = newcomer, canary
             self._begin_contest()
-            self._tell("challenger", f"{called(newcomer)} is tried: {_shares(canary)}")
+            self._tell("challenger", f"{called(newcomer)} is tried: {_shares(canary)}", checks)
 
     async def promote(self) -> None:
         """Make the challenger the champion. Raises UserError if there is none."""
@@ -192,8 +192,8 @@ class Fleet:
             if service is not None:
                 await service.engine.close()
 
-    async def _admit(self, source: Source) -> Service:
-        """A service that has passed its exam. Raises Rejected."""
+    async def _admit(self, source: Source) -> tuple[Service, tuple[Check, ...]]:
+        """A service that has passed its exam, and what was asked of it. Raises Rejected."""
         try:
             files = await self._launcher.compatibility(source, self.champion.source)
             if not files.passed:
@@ -214,7 +214,7 @@ class Fleet:
         if not exam.passed:
             await newcomer.engine.close()
             raise self._rejected(f"{called(newcomer)} was refused: {'; '.join(exam.refusals)}", exam.checks)
-        return newcomer
+        return newcomer, exam.checks
 
     def _rejected(self, reason: str, checks: Sequence[Check] = ()) -> Rejected:
         self._tell("rejected", reason, checks)

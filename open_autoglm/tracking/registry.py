@@ -27,7 +27,8 @@ class Registry(Moves):
     """What studies register."""
 
     def register_champion(self, study: Study, bundle: Bundle, parent_run_id: str) -> Registration:
-        """Make ``bundle`` the ``champion`` of its registered model; the one before becomes ``previous``.
+        """Make ``bundle`` a version of its registered model and, unless its spec says otherwise, the
+        ``champion``; the one before becomes ``previous``.
 
         A version with the same bundle digest is used again, never written twice.
         """
@@ -41,23 +42,25 @@ class Registry(Moves):
         else:
             model = self._upload_model(experiment_id, parent_run_id, name, bundle)
             version = self._create_version(name, model, parent_run_id, _version_tags(study, bundle))
-        self._crown(name, version, study)
+        champion = self.aliases(name).champion
+        if version != champion and (champion is None or study.spec.promote):
+            self._crown(name, version, study)
+            champion = version
         return Registration(
             tracking_uri=self.uri,
             experiment_id=experiment_id,
             run_id=parent_run_id,
             model_name=name,
             model_version=version,
-            model_uri=f"models:/{name}@{CHAMPION}",
+            model_uri=f"models:/{name}@{CHAMPION}" if version == champion else f"models:/{name}/{version}",
             note=f"version {version} is the same bundle and was confirmed" if known else "",
         )
 
     def _crown(self, name: str, version: str, study: Study) -> None:
-        """Repeating it after a crash ends in the same state. A challenger under test stays one."""
-        if self.aliases(name).champion != version:
-            reason = " ".join(study.verdict.reasons)
-            decide = partial(promoted, name, version=version)
-            self._move(name, "register", decide, f"study {study.id}", reason, None, None)
+        """A challenger under test stays one."""
+        reason = " ".join(study.verdict.reasons)
+        decide = partial(promoted, name, version=version)
+        self._move(name, "register", decide, f"study {study.id}", reason, None, None)
 
     def _version_of(self, name: str, bundle: Bundle) -> str | None:
         same = f"name = '{name}' and tags.`{BUNDLE_DIGEST}` = '{bundle.digest}'"

@@ -59,6 +59,7 @@ from open_autoglm.schemas.facts import (
     PhaseCost,
     RooflineBound,
 )
+from open_autoglm.schemas.ladder import Outcome, OutcomeKind, Reoptimization, Rung
 from open_autoglm.schemas.registry import Alias, Aliases, Canary, Event, EventKind, EventState
 from open_autoglm.schemas.request import OptimizeSpec
 from open_autoglm.schemas.study import (
@@ -140,6 +141,8 @@ __all__ = [
     "NoiseFloor",
     "Objective",
     "OptimizeSpec",
+    "Outcome",
+    "OutcomeKind",
     "PathQuality",
     "Phase",
     "PhaseCost",
@@ -150,10 +153,12 @@ __all__ = [
     "QualityReport",
     "Race",
     "Registration",
+    "Reoptimization",
     "RequestShape",
     "RooflineBound",
     "RotaryStyle",
     "Round",
+    "Rung",
     "Scenario",
     "Screening",
     "Slo",

@@ -1,0 +1,119 @@
+"""From a study's winner to a challenger that answers: studies on the device's queue, approval, canary."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+
+from open_autoglm.errors import StudyError
+from open_autoglm.ladder import outcome_of
+from open_autoglm.progress import announce
+from open_autoglm.schemas import OptimizeSpec, Outcome, Reoptimization, Rung, Study
+from open_autoglm.settings import Settings
+from open_autoglm.study import load_study
+from tasks.register import tracker
+
+_APPROVAL_S = 24 * 3600
+
+
+class Approval(RunInput):
+    """The form that a person is shown."""
+
+    approve: bool = False
+    remark: str = ""
+
+
+@task
+def run_study(rung: Rung, spec: OptimizeSpec) -> Study:
+    """One rung of the ladder, as a run of the deployment `optimize`: it waits its turn for the device.
+
+    Raises StudyError if the run did not end well.
+    """
+    output = Settings().studies / f"reoptimize-{flow_run.get_id()}-{rung}"
+    asked = spec.model_copy(update={"output": str(output)})
+    announce(f"rung {rung}: a study in {output}")
+    run = cast(
+        FlowRun,
+        run_deployment(
+            "optimize/optimize",
+            parameters={"spec": asked.model_dump(mode="json")},
+            idempotency_key=f"{flow_run.get_id()}-{rung}",
+            tags=["reoptimize", rung],
+        ),
+    )
+    if run.state is None or not run.state.is_completed():
+        how = run.state.name if run.state else "unknown"
+        raise StudyError(f"the study of rung {rung} ended as {how}: see its flow run {run.name}")
+    return load_study(output)
+
+
+@task(retries=2, retry_delay_seconds=[1, 5])
+def decide(studies: list[Study]) -> Outcome:
+    """What the climb comes to, beside whoever is champion by now."""
+    last = studies[-1]
+    registered = last.registration and last.registration.model_name
+    champion = tracker().aliases(registered).champion if registered else None
+    if champion is None and last.incumbent is not None:
+        champion = last.incumbent.version
+    return outcome_of(studies, champion)
+
+
+def approved(outcome: Outcome) -> Outcome:
+    """The same if a person says yes, on a form in the Prefect UI; else one that is declined.
+
+    Call inside a flow run, which waits for a day; no answer is a no.
+    """
+    note = f"**{outcome.told}**\n\nResume the run to answer."
+    try:
+        form = Approval.with_initial_data(description=note)
+        answer = pause_flow_run(wait_for_input=form, timeout=_APPROVAL_S, poll_interval=2)
+    except FlowPauseTimeout:
+        return _declined(outcome, "nobody approved within a day")
+    if answer.approve:
+        return outcome
+    return _declined(outcome, f"a person declined: {answer.remark or 'without a remark'}")
+
+
+def _declined(outcome: Outcome, why: str) -> Outcome:
+    told = f"Version {outcome.challenger} is registered and not tried: {why}."
+    return outcome.model_copy(update={"kind": "declined", "told": told, "challenger": None})
+
+
+@task(retries=2, retry_delay_seconds=[1, 5])
+def challenge(outcome: Outcome, request: Reoptimization) -> None:
+    """Give the winner its share: the endpoint tries it, and its judge promotes it or takes it away.
+
+    Raises UserError if another version has become champion since the outcome. Idempotent.
+    """
+    if outcome.challenger is None or outcome.champion is None:
+        raise ValueError(f"an outcome that is {outcome.kind} has nobody to try")
+    now = tracker().aliases(outcome.model_name)
+    if (now.challenger, now.canary) == (outcome.challenger, request.canary):
+        return
+    tracker().canary(
+        outcome.model_name,
+        outcome.challenger,
+        request.canary,
+        by="reoptimize",
+        reason=request.reason,
+        expected={"champion": outcome.champion},
+    )
+
+
+def publish_outcome(outcome: Outcome, request: Reoptimization) -> None:
+    """As an artifact of the run. Call inside a flow run."""
+    lines = [
+        f"## {outcome.kind.replace('_', ' ')}: {outcome.model_name}",
+        outcome.told,
+        f"Asked because: {request.reason}" if request.reason else "",
+        *(f"- study `{study}`" for study in outcome.studies),
+    ]
+    create_markdown_artifact("\n\n".join(filter(None, lines)), key="outcome", description=outcome.told)

@@ -163,7 +163,9 @@ async def _respond_by(
     request: Request,
 ) -> Response:
     """The whole answer, or a stream whose status is sent only once its first piece is known."""
-    request.state.asked, request.state.usage = body, answer.usage  # for the log
+    for_log = request.state
+    for_log.asked, for_log.usage = body, answer.usage
+    for_log.role, for_log.version = service.metrics.role, service.version or None
     pieces = _together(service, asked)
     if body.stream:
         first = await anext(pieces)

@@ -30,6 +30,10 @@ DEFAULT_MAX_TOKENS = 16
 
 _LOST_RETRY_S = 2
 
+_SHORT_BYTES = 1 << 15
+"""Of a body whose text is tokenized within milliseconds."""
+_long_texts = asyncio.Semaphore()
+
 _CLIENT_LEFT = 499
 """Seen in logs only; nginx's number."""
 
@@ -86,6 +90,9 @@ def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
     return app
 
 
+Ask = Callable[[Service], tuple[Answer, list[Asked]]]
+
+
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -140,7 +147,7 @@ def _answer(
 
 async def _respond(
     fleet: Fleet,
-    ask: Callable[[Service], tuple[Answer, list[Asked]]],
+    ask: Ask,
     body: CompletionRequest | ChatRequest,
     request: Request,
 ) -> Response:
@@ -148,11 +155,21 @@ async def _respond(
     first word: the champion answers then."""
     service = fleet.route(_caller(request, body.user))
     try:
-        return await _respond_by(service, *ask(service), body, request)
+        return await _respond_by(service, *await _read(service, ask, request), body, request)
     except (EngineLost, Overloaded):
         if service is fleet.champion:
             raise
-        return await _respond_by(fleet.champion, *ask(fleet.champion), body, request)
+        champion = fleet.champion
+        return await _respond_by(champion, *await _read(champion, ask, request), body, request)
+
+
+async def _read(service: Service, ask: Ask, request: Request) -> tuple[Answer, list[Asked]]:
+    """What ``ask`` makes of the request. Long texts take a tokenizer seconds, during which others' tokens
+    must be sent: they are read in a thread, one at a time."""
+    if getattr(request.state, "body_bytes", 0) <= _SHORT_BYTES:
+        return ask(service)
+    async with _long_texts:
+        return await asyncio.to_thread(ask, service)
 
 
 async def _respond_by(

@@ -350,9 +350,7 @@ def test_a_wrong_turn_of_a_chat_is_told(http: httpx.Client, message: dict[str, A
     check_refusal(http.post("/v1/chat/completions", content=content, headers=headers), 400)
 
 
-@pytest.mark.parametrize(
-    "source", ["", "\0", HALF, "a" * 5000, "~nobody/x", "/proc/1/root/x", "models:/"]
-)
+@pytest.mark.parametrize("source", ["", "\0", HALF, "a" * 5000, "~nobody/x", "/proc/1/root/x", "models:/"])
 def test_an_odd_source_is_told(served: Endpoint, source: str) -> None:
     """To the administrator, who is answered as civilly."""
     (here,) = local_endpoints(served.home)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ class Endpoint:
         home: Path,
         *options: str,
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "open_autoglm.cli"),
     ) -> None:
         self.home = home
-        command = [sys.executable, "-m", "open_autoglm.cli", "serve", str(bundle), "--port", "0", *options]
+        command = [sys.executable, *program, "serve", str(bundle), "--port", "0", *options]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -63,6 +64,13 @@ class Endpoint:
             self._reader.join()
             raise AssertionError(f"it did not start: {line}{''.join(self.said)}")
         return match[1]
+
+    @property
+    def engine_pid(self) -> int:
+        """The child of the server that is the engine."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        pids = [int(pid) for path in children for pid in path.read_text().split()]
+        return next(pid for pid in pids if "engine_main" in Path(f"/proc/{pid}/cmdline").read_text())
 
     def stop(self, sign: int = signal.SIGTERM) -> int:
         """Its exit code."""

@@ -240,13 +240,6 @@ def test_what_is_not_there_is_not_found(http: httpx.Client) -> None:
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def engine_pid(server: Endpoint) -> int:
-    """The child of the server that is the engine."""
-    children = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    pids = [int(pid) for path in children for pid in path.read_text().split()]
-    return next(pid for pid in pids if "engine_main" in Path(f"/proc/{pid}/cmdline").read_text())
-
-
 def wait_until_ready(http: httpx.Client) -> None:
     deadline = time.monotonic() + 60
     while http.get("/readyz").status_code != 200:
@@ -297,7 +290,7 @@ def test_a_crash_of_the_engine_costs_only_what_it_was_answering(bundle: Path, tm
         with http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            os.kill(engine_pid(server), signal.SIGKILL)
+            os.kill(server.engine_pid, signal.SIGKILL)
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_lost"
         response = http.post("/v1/completions", json={**body, "stream": False, "max_tokens": 2})
@@ -335,7 +328,7 @@ def test_a_server_that_is_asked_to_end_answers_first(bundle: Path, tmp_path: Pat
         endpoint(bundle, tmp_path, "--name", NAME, "--max-tokens", "500") as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
-        engine = engine_pid(server)
+        engine = server.engine_pid
         body = {"model": NAME, "prompt": PROMPT, "max_tokens": 300, "stream": True, "ignore_eos": True}
         with http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()

@@ -217,3 +217,25 @@ def test_a_challenger_that_dies_fails_nobody(
     found.check()
     assert set(found.by_bundle()) == {digest(bundle)[:12] for bundle in bundles}
     assert admin.get("/admin/fleet").json()["challenger"] is None
+
+
+def test_a_challenger_is_held_to_the_promise(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    """One that nobody could keep: it is dropped once there are enough answers to say so, whose lines in the
+    log say that they were its own."""
+    options = ("--name", NAME, "--max-tokens", "200", "--slo-e2e", "1us")
+    with endpoint(bundles[0], tmp_path, *options) as server:
+        (here,) = local_endpoints(tmp_path)
+        headers = {"Authorization": f"Bearer {here.token}"}
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as admin:
+            body = {"source": str(bundles[1]), "weight_percent": 100}
+            assert admin.post("/admin/challenger", json=body).status_code == 200
+            deadline = time.monotonic() + 60
+            with traffic(server.url) as found:
+                while (status := admin.get("/admin/fleet").json())["challenger"] is not None:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.5)
+            found.check()
+        judged = next(event["told"] for event in status["events"] if event["kind"] == "judged")
+        assert judged.startswith("rollback: p95 e2e is over its limit of 0.001 ms")
+        roles = {'"role": "champion"', '"role": "challenger"'}
+        assert all(any(role in line for line in server.said) for role in roles)

@@ -188,12 +188,14 @@ def test_an_answers_line_has_its_tokens_and_times(http: httpx.Client, log: Log, 
     assert answer.headers["x-request-id"] == name
     line = log.line(name)
     assert (line["status"], line["complete"], line["caller"]) == (200, True, "anonymous")
+    assert line["role"] == "champion"
     assert line["path"] == "/v1/completions"
     assert line["completion_tokens"] == 5
     assert line["prompt_tokens"] >= 4
     assert 0 < line["ttft_ms"] < line["e2e_ms"] < 60_000
     expected = {"time", "level", "event", "request_id", "method", "path", "caller", "client", "status"}
-    assert set(line) == expected | {"complete", "prompt_tokens", "completion_tokens", "ttft_ms", "e2e_ms"}
+    expected |= {"complete", "role", "prompt_tokens", "completion_tokens", "ttft_ms", "e2e_ms"}
+    assert set(line) == expected
     assert SECRET not in json.dumps(line)
     assert "secret" not in json.dumps(line)
 

@@ -309,3 +309,15 @@ def test_load_is_what_there_is_to_do() -> None:
         scheduler.add(generation(name, [1, 2, 3], 5))
     scheduler.step()
     assert (scheduler.load.running, scheduler.load.waiting, scheduler.load.cached_tokens) == (2, 1, 3)
+
+
+def test_who_gets_a_slot_is_told_when() -> None:
+    """With the first token only; by the clock, which is looked at once for each slot that is given."""
+    steps = iter(range(100))
+    scheduler = Scheduler(RuledSlots(1), 1, None, clock=lambda: float(next(steps)))
+    scheduler.add(generation("one", [1, 2], 3))
+    scheduler.add(generation("two", [1, 2], 2))
+    found = run(scheduler)
+    assert [(token.id, token.slot_s) for token in found] == [
+        ("one", 0.0), ("one", None), ("one", None), ("two", 1.0), ("two", None),
+    ]  # fmt: skip

@@ -189,6 +189,9 @@ def reproduce(study: Path, trial: str, as_json: bool) -> None:
 @click.option(
     "--deadline-s", type=float, default=30, show_default=True, help="Refuse who would wait longer than this."
 )
+@click.option("--slo-ttft", help="Promised p95 of the time to the first token: 300ms.  [default: none]")
+@click.option("--slo-tpot", help="Promised p95 of the mean time of a token after it: 50ms.")
+@click.option("--slo-e2e", help="Promised p95 of the time to the last token: 5s.")
 @click.option("--keys", type=click.Path(path_type=Path), help="File of the callers' keys; see `new-key`.")
 @click.option("--no-keys", is_flag=True, help="Let anybody in, from other machines too.")
 @click.option("--rate", help="Limit of each key, or of all callers without one: 60/min.  [default: none]")

@@ -10,6 +10,7 @@ import click
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.errors import UserError
+from open_autoglm.schemas import Slo
 from open_autoglm.serving.access import AccessOptions
 from open_autoglm.serving.keys import Key, key_line, keys_of, new_secret, parse_rate, read_keys
 from open_autoglm.serving.last_good import remember
@@ -21,6 +22,7 @@ from open_autoglm.serving.source import find_source
 from open_autoglm.serving.tls import TlsOptions
 from open_autoglm.settings import Settings
 from open_autoglm.tracking import CHAMPION, in_use
+from open_autoglm.units import Duration
 
 
 def run_serve(
@@ -35,6 +37,9 @@ def run_serve(
     reuse_prefixes: bool,
     queue: int,
     deadline_s: float,
+    slo_ttft: str | None,
+    slo_tpot: str | None,
+    slo_e2e: str | None,
     follow: bool,
     keys: Path | None,
     no_keys: bool,
@@ -56,6 +61,7 @@ def run_serve(
     if no_keys and keys:
         raise UserError("--keys and --no-keys contradict each other: give one of them")
     tls = _tls(tls_cert, tls_key)
+    slo = _slo(slo_ttft, slo_tpot, slo_e2e)
     found = find_source(source, settings)
     manifest, _ = open_bundle(found.bundle, verify=False)  # the server verifies it
     engine_log = settings.home / "logs" / f"engine-{os.getpid()}.log"
@@ -75,6 +81,7 @@ def run_serve(
             reuse_prefixes=reuse_prefixes,
         ),
         service=ServiceOptions(queue=queue, deadline_s=deadline_s),
+        slo=slo,
         access=access,
         tls=tls,
         log=LogOptions(file=log, prompts=log_prompts),
@@ -101,6 +108,22 @@ def _keys(settings: Settings, file: Path | None) -> tuple[Key, ...]:
         *keys_of(settings.api_keys.get_secret_value(), "AUTOGLM_API_KEYS", admin=False),
         *keys_of(settings.admin_keys.get_secret_value(), "AUTOGLM_ADMIN_KEYS", admin=True),
         *(read_keys(file) if file else ()),
+    )
+
+
+def _slo(ttft: str | None, tpot: str | None, e2e: str | None) -> Slo:
+    """Raises UserError."""
+
+    def limit_ms(option: str, text: str | None) -> float | None:
+        try:
+            return None if text is None else Duration(text).ms
+        except ValueError as error:
+            raise UserError(f"{option}: {error}") from error
+
+    return Slo(
+        ttft_p95_ms=limit_ms("--slo-ttft", ttft),
+        tpot_p95_ms=limit_ms("--slo-tpot", tpot),
+        e2e_p95_ms=limit_ms("--slo-e2e", e2e),
     )
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from open_autoglm.schemas import Canary
-from open_autoglm.serving.fleet import Fleet
+from open_autoglm.schemas import Canary, Model
+from open_autoglm.serving.contest import ContestStatus
+from open_autoglm.serving.engine import State
+from open_autoglm.serving.fleet import Event, Fleet
+from open_autoglm.serving.openapi import ADMIN_BODY, KEY, refusals
 from open_autoglm.serving.service import Service
 from open_autoglm.serving.source import Source, find_source
 from open_autoglm.settings import Settings
-
-Json = dict[str, Any]
 
 
 class SwapRequest(BaseModel):
@@ -32,36 +32,57 @@ class ChallengerRequest(SwapRequest):
     shadow_percent: float = Field(0, ge=0, le=100, description="of the prompts, replayed beside the traffic")
 
 
+class ServiceStatus(Model):
+    """One bundle that answers."""
+
+    version: str
+    bundle_digest: str
+    bundle: str
+    candidate: str
+    engine: State
+    restarts: int
+
+
+class FleetStatus(Model):
+    """Who answers, who is tried, and what has changed."""
+
+    champion: ServiceStatus
+    challenger: ServiceStatus | None
+    canary: Canary
+    contest: ContestStatus | None
+    events: tuple[Event, ...]
+
+
 def admin_routes(fleet: Fleet) -> APIRouter:
     """Under ``/admin``; whoever may call it is decided in front."""
     router = APIRouter(prefix="/admin", tags=["admin"])
 
-    @router.get("/fleet")
-    async def show() -> Json:
+    @router.get("/fleet", responses=KEY)
+    async def show() -> FleetStatus:
         """Who answers, and what has changed."""
         return fleet_status(fleet)
 
-    @router.post("/swap")
-    async def swap(body: SwapRequest) -> Json:
+    @router.post("/swap", responses=ADMIN_BODY)
+    async def swap(body: SwapRequest) -> FleetStatus:
         """Put another bundle in the champion's place; 409 with the checks if it does not pass them."""
         await fleet.swap(await _find(body.source))
         return fleet_status(fleet)
 
-    @router.post("/challenger")
-    async def challenger(body: ChallengerRequest) -> Json:
+    @router.post("/challenger", responses=ADMIN_BODY)
+    async def challenger(body: ChallengerRequest) -> FleetStatus:
         """Try a bundle beside the champion."""
         canary = Canary(weight_percent=body.weight_percent, shadow_percent=body.shadow_percent)
         await fleet.try_challenger(await _find(body.source), canary)
         return fleet_status(fleet)
 
-    @router.post("/promote")
-    async def promote() -> Json:
+    @router.post("/promote", responses=refusals(400, 401, 403, 415))
+    async def promote() -> FleetStatus:
         """Put the challenger in the champion's place."""
         await fleet.promote()
         return fleet_status(fleet)
 
-    @router.delete("/challenger")
-    async def drop() -> Json:
+    @router.delete("/challenger", responses=KEY)
+    async def drop() -> FleetStatus:
         """Give the challenger's callers back to the champion."""
         await fleet.drop_challenger("an administrator said so")
         return fleet_status(fleet)
@@ -73,22 +94,22 @@ async def _find(source: str) -> Source:
     return await asyncio.to_thread(find_source, source, Settings())
 
 
-def fleet_status(fleet: Fleet) -> Json:
-    return {
-        "champion": _service_status(fleet.champion),
-        "challenger": _service_status(fleet.challenger) if fleet.challenger else None,
-        "canary": fleet.canary.model_dump(),
-        "contest": fleet.contest.status.model_dump(mode="json") if fleet.contest else None,
-        "events": [event.model_dump(mode="json") for event in fleet.events],
-    }
+def fleet_status(fleet: Fleet) -> FleetStatus:
+    return FleetStatus(
+        champion=_service_status(fleet.champion),
+        challenger=_service_status(fleet.challenger) if fleet.challenger else None,
+        canary=fleet.canary,
+        contest=fleet.contest.status if fleet.contest else None,
+        events=tuple(fleet.events),
+    )
 
 
-def _service_status(service: Service) -> Json:
-    return {
-        "version": service.version,
-        "bundle_digest": service.digest,
-        "bundle": str(service.source.bundle),
-        "candidate": service.manifest.candidate.id,
-        "engine": service.engine.state,
-        "restarts": service.engine.restarts,
-    }
+def _service_status(service: Service) -> ServiceStatus:
+    return ServiceStatus(
+        version=service.version,
+        bundle_digest=service.digest,
+        bundle=str(service.source.bundle),
+        candidate=service.manifest.candidate.id,
+        engine=service.engine.state,
+        restarts=service.engine.restarts,
+    )

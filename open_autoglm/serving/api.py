@@ -23,12 +23,29 @@ from open_autoglm.serving.fleet import Fleet
 from open_autoglm.serving.messages import Sampling
 from open_autoglm.serving.openai_answers import CHAT, COMPLETION, Answer, Choice, Json, Usage, error_body
 from open_autoglm.serving.openai_types import ChatRequest, CompletionRequest
+from open_autoglm.serving.openapi import (
+    KEY,
+    Alive,
+    ChatCompletion,
+    Completion,
+    ModelCard,
+    ModelList,
+    Prepared,
+    Responses,
+    Unprepared,
+    answers,
+    refusals,
+)
 from open_autoglm.serving.service import Asked, Overloaded, Piece, Service
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that does not say; OpenAI's. A chat goes on to the end of the context."""
 
 _LOST_RETRY_S = 2
+
+_SHORT_BYTES = 1 << 15
+"""Of a body whose text is tokenized within milliseconds."""
+_long_texts = asyncio.Semaphore()
 
 _CLIENT_LEFT = 499
 """Seen in logs only; nginx's number."""
@@ -41,18 +58,18 @@ def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
     _add_health(app, fleet, warning)
     app.include_router(admin_routes(fleet))
 
-    @app.get("/v1/models")
-    async def models() -> Json:
+    @app.get("/v1/models", responses=KEY)
+    async def models() -> ModelList:
         """The model that is served."""
-        return {"object": "list", "data": [_model(fleet.champion)]}
+        return ModelList(data=[_model(fleet.champion)])
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Json:
+    @app.get("/v1/models/{name:path}", responses=refusals(401, 403, 404))
+    async def model(name: str) -> ModelCard:
         """The model, if it is this one."""
         _require_model(fleet, name)
         return _model(fleet.champion)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or several."""
         _require_model(fleet, body.model)
@@ -69,7 +86,7 @@ def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
 
         return await _respond(fleet, ask, body, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers(ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         _require_model(fleet, body.model)
@@ -84,6 +101,9 @@ def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
         return await _respond(fleet, ask, body, request)
 
     return app
+
+
+Ask = Callable[[Service], tuple[Answer, list[Asked]]]
 
 
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────
@@ -140,7 +160,7 @@ def _answer(
 
 async def _respond(
     fleet: Fleet,
-    ask: Callable[[Service], tuple[Answer, list[Asked]]],
+    ask: Ask,
     body: CompletionRequest | ChatRequest,
     request: Request,
 ) -> Response:
@@ -148,11 +168,21 @@ async def _respond(
     first word: the champion answers then."""
     service = fleet.route(_caller(request, body.user))
     try:
-        return await _respond_by(service, *ask(service), body, request)
+        return await _respond_by(service, *await _read(service, ask, request), body, request)
     except (EngineLost, Overloaded):
         if service is fleet.champion:
             raise
-        return await _respond_by(fleet.champion, *ask(fleet.champion), body, request)
+        champion = fleet.champion
+        return await _respond_by(champion, *await _read(champion, ask, request), body, request)
+
+
+async def _read(service: Service, ask: Ask, request: Request) -> tuple[Answer, list[Asked]]:
+    """What ``ask`` makes of the request. Long texts take a tokenizer seconds, during which others' tokens
+    must be sent: they are read in a thread, one at a time."""
+    if getattr(request.state, "body_bytes", 0) <= _SHORT_BYTES:
+        return ask(service)
+    async with _long_texts:
+        return await asyncio.to_thread(ask, service)
 
 
 async def _respond_by(
@@ -163,7 +193,9 @@ async def _respond_by(
     request: Request,
 ) -> Response:
     """The whole answer, or a stream whose status is sent only once its first piece is known."""
-    request.state.asked, request.state.usage = body, answer.usage  # for the log
+    for_log = request.state
+    for_log.asked, for_log.usage = body, answer.usage
+    for_log.role, for_log.version = service.metrics.role, service.version or None
     pieces = _together(service, asked)
     if body.stream:
         first = await anext(pieces)
@@ -269,30 +301,30 @@ def _json(content: Json, status: int = 200, headers: dict[str, str] | None = Non
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
-def _model(service: Service) -> Json:
+def _model(service: Service) -> ModelCard:
     ready = service.engine.ready
-    return {
-        "id": service.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "open-autoglm",
-        "max_model_len": service.max_tokens,
-        "version": service.version,
-        "bundle_digest": service.digest,
-        "slots": ready.slots if ready else 0,
-    }
+    return ModelCard(
+        id=service.name,
+        created=service.created,
+        max_model_len=service.max_tokens,
+        version=service.version,
+        bundle_digest=service.digest,
+        slots=ready.slots if ready else 0,
+    )
 
 
 # ── health ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _add_health(app: FastAPI, fleet: Fleet, warning: Callable[[], str]) -> None:
-    @app.get("/healthz")
-    async def healthz() -> Json:
+    @app.get("/healthz", responses=refusals(403))
+    async def healthz() -> Alive:
         """The server answers."""
-        return {"status": "ok"}
+        return Alive()
 
-    @app.get("/readyz")
+    starting: Responses = {503: {"model": Unprepared, "description": "The engine does not answer"}}
+
+    @app.get("/readyz", responses={**refusals(403), 200: {"model": Prepared}, **starting})
     async def readyz() -> Response:
         """The engine answers; 503 with the reason while it does not."""
         engine = fleet.champion.engine
@@ -301,7 +333,9 @@ def _add_health(app: FastAPI, fleet: Fleet, warning: Callable[[], str]) -> None:
             return _json({"status": "ready"} | ({"warning": told} if told else {}))
         return _json({"status": engine.state, "reason": engine.last_words}, 503)
 
-    @app.get("/metrics")
+    text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", responses={**KEY, **text}, response_class=Response)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(fleet.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

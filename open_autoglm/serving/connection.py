@@ -84,7 +84,10 @@ class Connection(H11Protocol):
             self._head = None
 
     def send_400_response(self, msg: str) -> None:
-        """To what is not HTTP; in OpenAI's shape, as every other error."""
+        """To what is not HTTP; in OpenAI's shape, as every other error, unless an answer is out already."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
         body = json.dumps(error_body(msg, "invalid_request_error")).encode()
         headers = [
             (b"content-type", b"application/json"),

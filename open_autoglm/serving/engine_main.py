@@ -7,6 +7,7 @@ with its parent. Between two calls of the model it takes whatever has arrived.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -78,7 +79,14 @@ def serve(line: _Line, scheduler: Scheduler) -> None:
             told = load
 
 
+def outlive_signals() -> None:
+    """A terminal and systemd send them to every process at once, but the server has answers to finish."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_IGN)
+
+
 def main() -> None:
+    outlive_signals()
     line = _Line(socket.socket(fileno=int(sys.argv[1])))
     die_with(int(sys.argv[2]))
     volunteer_for_the_oom_killer()

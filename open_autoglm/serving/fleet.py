@@ -24,7 +24,7 @@ from open_autoglm.serving.contest import Contest
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.errors import Rejected
 from open_autoglm.serving.exam import Check, Exam, examine
-from open_autoglm.serving.judge import Verdict
+from open_autoglm.serving.judge import Policy, Verdict
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board, Role
 from open_autoglm.serving.service import Service, ServiceOptions, start_service
@@ -93,8 +93,15 @@ class Fleet:
     """The services behind one public name."""
 
     def __init__(
-        self, launcher: Launcher, board: Board, champion: Service, *, examine: Examine = examine
+        self,
+        launcher: Launcher,
+        board: Board,
+        champion: Service,
+        *,
+        policy: Policy | None = None,
+        examine: Examine = examine,
     ) -> None:
+        """A challenger is judged by ``policy``; None: by the usual one."""
         self.name = launcher.name
         self.champion = champion
         self.challenger: Service | None = None
@@ -105,6 +112,7 @@ class Fleet:
         self.events: deque[Event] = deque(maxlen=_EVENTS)
         self._launcher = launcher
         self._board = board
+        self._policy = policy or Policy()
         self._examine = examine
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -229,7 +237,10 @@ class Fleet:
 
     def _begin_contest(self) -> None:
         assert self.challenger is not None
-        self.contest = Contest(self.champion, self.challenger, self.canary.shadow_percent, self._act_on)
+        shadow_percent = self.canary.shadow_percent
+        self.contest = Contest(
+            self.champion, self.challenger, shadow_percent, self._act_on, policy=self._policy
+        )
 
     def _end_contest(self) -> None:
         if self.contest is not None:

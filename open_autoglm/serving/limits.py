@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from open_autoglm.serving.asgi import App, Message, Receive, Refused, Send, refuse
+from open_autoglm.serving.asgi import App, Message, Receive, Refused, Send, refuse, state_of
 
 _CLOSE = ((b"connection", b"close"),)
 """What is left of the body is not waited for."""
@@ -29,6 +29,7 @@ class Limits:
             return
         if body is None:
             return
+        state_of(scope)["body_bytes"] = len(body)
         given = False
 
         async def receive_body() -> Message:

@@ -40,6 +40,7 @@ class Token(Model):
     finish: Finish | None = None
     not_finite: bool = Field(False, description="the logits held NaN or infinity, and there is no token")
     cached_tokens: int = Field(0, description="of the prompt, read for an earlier request; said once")
+    slot_s: float | None = Field(None, description="when it got its slot, by `time.monotonic`; said once")
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = Field((), description="ids and natural logarithms, best first")
 

@@ -8,53 +8,72 @@ champion; dashboards that know the model's name only add them up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
+from open_autoglm.schemas import Slo
+
 Role = Literal["champion", "challenger"]
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _TOKEN_SECONDS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 1.0, 2.5)
+_PHASE_SECONDS = (
+    *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),  # small models; from here on vLLM's own
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 _LABELS = ("model_name", "model_version", "bundle_digest", "role")
 _DIGEST_CHARACTERS = 12
 
 
-def _with(bounds: Iterable[float], limits: Iterable[float]) -> tuple[float, ...]:
-    """Buckets with the limits of the SLO among their bounds: a quantile is exact only there."""
-    return tuple(sorted({*bounds, *limits}))
+def _with(bounds: Iterable[float], limit_ms: float | None) -> tuple[float, ...]:
+    """Buckets with the limit of the SLO among their bounds: how many were slower is exact only there."""
+    return tuple(sorted({*bounds, *(() if limit_ms is None else (limit_ms / 1e3,))}))
 
 
 class Board:
     """All series of one endpoint."""
 
-    def __init__(self, model_name: str, *, slo_s: Iterable[float] = ()) -> None:
+    def __init__(self, model_name: str, slo: Slo | None = None) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
-        self._slo_s = tuple(slo_s)
-        self._make_times()
+        self._make_times(slo or Slo())
+        self._make_phases()
         self._make_counts()
         self._make_state()
 
     def of(self, version: str, digest: str, role: Role) -> Metrics:
         """The series of one version in one role; its gauges are shown from now on."""
-        return Metrics(self, (self._model_name, version, digest[:_DIGEST_CHARACTERS], role))
+        return Metrics(self, self._model_name, version, digest[:_DIGEST_CHARACTERS], role)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
-    def _make_times(self) -> None:
-        def histogram(name: str, told: str, bounds: Iterable[float]) -> Histogram:
-            return Histogram(name, told, _LABELS, registry=self.registry, buckets=_with(bounds, self._slo_s))
+    def _times(self, name: str, told: str, bounds: Sequence[float]) -> Histogram:
+        return Histogram(name, told, _LABELS, registry=self.registry, buckets=bounds)
 
+    def _make_times(self, slo: Slo) -> None:
+        ttft, tpot = _with(_SECONDS, slo.ttft_p95_ms), _with(_TOKEN_SECONDS, slo.tpot_p95_ms)
+        e2e = _with(_SECONDS, slo.e2e_p95_ms)
         per_token = "Mean time of an answer's tokens after the first"
-        self.ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token", _SECONDS)
-        self.itl = histogram("vllm:inter_token_latency_seconds", "Between two tokens", _TOKEN_SECONDS)
-        self.tpot = histogram("vllm:request_time_per_output_token_seconds", per_token, _TOKEN_SECONDS)
-        self.e2e = histogram("vllm:e2e_request_latency_seconds", "From request to last token", _SECONDS)
+        self.ttft = self._times("vllm:time_to_first_token_seconds", "From request to first token", ttft)
+        self.itl = self._times("vllm:inter_token_latency_seconds", "Between two tokens", _TOKEN_SECONDS)
+        self.tpot = self._times("vllm:request_time_per_output_token_seconds", per_token, tpot)
+        self.e2e = self._times("vllm:e2e_request_latency_seconds", "From request to last token", e2e)
+
+    def _make_phases(self) -> None:
+        """What an answer's time was spent on, one after the other."""
+
+        def phase(name: str, told: str) -> Histogram:
+            return self._times(f"vllm:request_{name}_time_seconds", told, _PHASE_SECONDS)
+
+        self.queue = phase("queue", "From request to its slot")
+        self.prefill = phase("prefill", "From its slot to the first token")
+        self.decode = phase("decode", "From the first token to the last")
 
     def _make_counts(self) -> None:
         def sizes(name: str, told: str) -> Histogram:
@@ -104,14 +123,18 @@ class State(NamedTuple):
 class Metrics:
     """The series of one version in one role."""
 
-    def __init__(self, board: Board, values: tuple[str, str, str, str]) -> None:
+    def __init__(self, board: Board, model_name: str, version: str, digest: str, role: Role) -> None:
+        self.role = role
         self._board = board
-        self._values = values
+        self._values = values = (model_name, version, digest, role)
         self._clock: Callable[[], float] = time.monotonic
         self.ttft = board.ttft.labels(*values)
         self.itl = board.itl.labels(*values)
         self.tpot = board.tpot.labels(*values)
         self.e2e = board.e2e.labels(*values)
+        self.queue = board.queue.labels(*values)
+        self.prefill = board.prefill.labels(*values)
+        self.decode = board.decode.labels(*values)
         self.output = board.output.labels(*values)
         self.generated = board.generated.labels(*values)
         self.cached = board.cached.labels(*values)
@@ -156,15 +179,21 @@ class RequestTimes:
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._begin = self._last = clock()
+        self._begin = self._slot = self._last = clock()
         self._tokens = 0
         self.ttft_s: float | None = None
+
+    def slot(self, slot_s: float) -> None:
+        """It got its slot then, by the clock of this host's processes."""
+        self._slot = slot_s
+        self._metrics.queue.observe(slot_s - self._begin)
 
     def token(self, cached_tokens: int) -> None:
         now = self._clock()
         if self.ttft_s is None:
             self.ttft_s = now - self._begin
             self._metrics.ttft.observe(self.ttft_s)
+            self._metrics.prefill.observe(now - self._slot)
             self._metrics.cached.inc(cached_tokens)
         else:
             self._metrics.itl.observe(now - self._last)
@@ -179,8 +208,11 @@ class RequestTimes:
         metrics.output.observe(self._tokens)
         if reason != "abort":
             metrics.e2e.observe(seconds)
-            if self.ttft_s is not None and self._tokens > 1:
-                metrics.tpot.observe((self._last - self._begin - self.ttft_s) / (self._tokens - 1))
+            if self.ttft_s is not None:
+                decode_s = self._last - self._begin - self.ttft_s
+                metrics.decode.observe(decode_s)
+                if self._tokens > 1:
+                    metrics.tpot.observe(decode_s / (self._tokens - 1))
         return seconds
 
     def failed(self) -> None:

@@ -26,7 +26,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Stop = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -44,7 +44,7 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    model: str
+    model: Text
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     temperature: float | None = Field(1, ge=0, le=2)
     top_p: float | None = Field(1, gt=0, le=1)
@@ -54,7 +54,7 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     ignore_eos: bool = Field(False, description="go on behind an end token, as load generators want it")
-    user: str | None = Field(None, description="kept nowhere")
+    user: Text | None = Field(None, description="kept nowhere")
 
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
@@ -107,7 +107,7 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart]
-    name: str | None = None
+    name: Text | None = None
 
     def as_template_input(self) -> dict[str, Any]:
         content = self.content

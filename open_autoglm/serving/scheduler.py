@@ -10,12 +10,16 @@ most like its own, and reads only what differs.
 A candidate that drafts does so here while it answers one greedy request: then the next tokens are guessed and
 verified as in :mod:`open_autoglm.generation`. With more to do, a call that reads a row of each is the better
 use of the weights it reads.
+
+When a request got its slot is told by CLOCK_MONOTONIC, which on Linux is one clock for all processes of a
+host (man 2 clock_gettime), so the server may subtract from it what the clock said when the request came.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,9 +41,13 @@ class Slots(Protocol):
 class _Running:
     """A request in its slot."""
 
-    def __init__(self, generation: Generation, slot: int, read: int, draft_tokens: int) -> None:
+    def __init__(
+        self, generation: Generation, slot: int, slot_s: float, read: int, draft_tokens: int
+    ) -> None:
         self.generation = generation
         self.slot = slot
+        self.slot_s = slot_s
+        """When it got it."""
         self.read = read
         """Tokens of the prompt that the slot holds."""
         self.cached = read
@@ -64,6 +72,7 @@ class Scheduler:
         *,
         reuse_prefixes: bool = True,
         draft_tokens: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``chunk_tokens`` is the longest piece of a prompt while others wait for tokens; None: all of it.
         ``draft_tokens`` are guessed per call, at most."""
@@ -71,6 +80,7 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._reuse = reuse_prefixes
         self._draft_tokens = draft_tokens
+        self._clock = clock
         self._waiting: deque[Generation] = deque()
         self._reading: list[_Running] = []
         self._writing: list[_Running] = []
@@ -123,7 +133,7 @@ class Scheduler:
             self._free.discard(slot)
             self._session.truncate(slot, common)
             del self._held[slot][common:]
-            self._reading.append(_Running(generation, slot, common, self._draft_tokens))
+            self._reading.append(_Running(generation, slot, self._clock(), common, self._draft_tokens))
 
     def _place(self, generation: Generation) -> tuple[int, int]:
         """The free slot that holds most of the beginning of the prompt, and how much of it."""
@@ -210,6 +220,7 @@ class Scheduler:
             token=None if ended else chosen.token,
             finish=finish,
             cached_tokens=running.cached if first else 0,
+            slot_s=running.slot_s if first else None,
             logprob=chosen.logprob,
             likeliest=chosen.likeliest,
         )

@@ -18,7 +18,7 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Model
+from open_autoglm.schemas import Model, Slo
 from open_autoglm.serving.access import Access, AccessOptions, known_hosts
 from open_autoglm.serving.api import create_app
 from open_autoglm.serving.asgi import App
@@ -26,6 +26,7 @@ from open_autoglm.serving.connection import Patience, connection_class
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.fleet import Fleet, Launcher
 from open_autoglm.serving.follow import Follower
+from open_autoglm.serving.judge import Policy
 from open_autoglm.serving.keys import LOCAL_ADMIN, Key, digest_of_key, new_secret
 from open_autoglm.serving.limits import Limits
 from open_autoglm.serving.local import LocalEndpoint, announced
@@ -54,6 +55,7 @@ class ServerOptions(Model):
     """Go where the aliases of the source's registered model go."""
     engine: EngineOptions
     service: ServiceOptions
+    slo: Slo = Slo()
     access: AccessOptions = AccessOptions()
     patience: Patience = Patience()
     tls: TlsOptions | None = None
@@ -89,7 +91,8 @@ async def serve(
     ``ready`` is called with the URL once requests are answered. Raises UserError, EngineLost.
     """
     launcher = Launcher(options.name, options.engine, options.service, options.engine_log)
-    fleet = Fleet(launcher, Board(options.name), await launcher.launch(options.source))
+    champion = await launcher.launch(options.source)
+    fleet = Fleet(launcher, Board(options.name, options.slo), champion, policy=_policy(options.slo))
     follower = _follower(options.source, fleet, Settings()) if options.follow else None
     if follower is not None:
         fleet.on_verdict = follower.verdict
@@ -123,6 +126,11 @@ async def serve(
                 await server.serve(sockets=[listener])
     finally:
         await fleet.close()
+
+
+def _policy(slo: Slo) -> Policy:
+    """A challenger is held to what is promised of this endpoint."""
+    return Policy(slo_ttft_ms=slo.ttft_p95_ms, slo_e2e_ms=slo.e2e_p95_ms)
 
 
 def _follower(source: Source, fleet: Fleet, settings: Settings) -> Follower:

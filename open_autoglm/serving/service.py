@@ -220,6 +220,8 @@ class Service:
         try:
             async with contextlib.aclosing(self.engine.generate(generation)) as tokens:
                 async for token in tokens:
+                    if token.slot_s is not None:
+                        seen.slot(token.slot_s)
                     if token.token is not None:
                         seen.token(token.cached_tokens)
                     piece = _piece(token, text)

@@ -40,10 +40,14 @@ def find_source(text: str, settings: Settings) -> Source:
     """Raises UserError if there is nothing to serve there."""
     if text.startswith("models:/"):
         return _registered(text, settings)
-    path = Path(text).expanduser()
-    if (path / MANIFEST).is_file():
+    try:
+        path = Path(text).expanduser()
+        is_bundle, is_study = ((path / name).is_file() for name in (MANIFEST, "study.json"))
+    except (OSError, RuntimeError) as error:  # a name too long, a folder of somebody else's, ~nobody
+        raise UserError(f"{text} cannot be read: {error}") from error
+    if is_bundle:
         return Source(path.resolve())
-    if (path / "study.json").is_file():
+    if is_study:
         bundle = load_study(path).bundle
         if bundle is None:
             raise UserError(f"the study {path} has no champion: there is nothing to serve")

@@ -43,6 +43,9 @@ SERVED_TOKENS = 4096
 """Room for prompt and output in a `BundleModel`, unless the model's context is shorter: a cache for the
 131,072 tokens of a GLM-4 would take more memory than its weights."""
 
+_GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""The names of one class: before transformers 5, and since."""
+
 _NEEDED_BY_ALL = ("open-autoglm", "numpy", "pydantic", "safetensors", "tokenizers", "transformers")
 _RUNTIMES = {
     "torch": "torch",
@@ -293,12 +296,10 @@ class BundleModel:
 
         Raises UserError if the bundle is damaged or its engine is not installed.
         """
-        from transformers import AutoTokenizer
-
         self.manifest, self.bundle = open_bundle(directory, verify=verify)
         room = room_of(self.manifest.candidate) or max_tokens
         self.max_tokens = min(max_tokens, room, self.manifest.context_tokens)
-        self._tokenizer = AutoTokenizer.from_pretrained(
+        self._tokenizer = open_tokenizer(
             directory / "tokenizer", trust_remote_code=self.manifest.trust_remote_code
         )
         self._eos_ids = end_tokens(directory / "tokenizer", self._tokenizer)
@@ -324,6 +325,34 @@ class BundleModel:
         """Free the engine's memory. The model is not used again."""
         with self._lock:
             self._session.close()
+
+
+def open_tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The transformers tokenizer of a bundle, as `AutoTokenizer` would find it.
+
+    GLM's is the general one, which has all it knows from ``tokenizer.json``. It is opened by its own class:
+    `AutoTokenizer` imports torch on the way, 1.5 s and 190 MB that a server has no other use for.
+    """
+    if _is_general(directory):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def _is_general(directory: Path) -> bool:
+    """Whether config and tokenizer say so. Of other families `AutoTokenizer` may know better than they."""
+    paths = [directory / name for name in ("config.json", "tokenizer_config.json", "tokenizer.json")]
+    if not all(path.is_file() for path in paths):
+        return False
+    config, tokenizer = (json.loads(path.read_text(encoding="utf-8")) for path in paths[:2])
+    return (
+        str(config.get("model_type")).startswith("glm")
+        and tokenizer.get("tokenizer_class") in _GENERAL_TOKENIZERS
+        and "auto_map" not in tokenizer
+    )
 
 
 def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:

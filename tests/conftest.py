@@ -1,11 +1,12 @@
 """Fixtures every room's tests may ask for, and an environment that talks to no network and no server."""
 
-# ruff: noqa: E402 - the environment is set before transformers, mlflow and prefect read it, once, on import
+# ruff: noqa: E402 - the environment is set before torch, transformers, mlflow and prefect read it, on import
 from __future__ import annotations
 
 import os
 
 os.environ.update(
+    OMP_NUM_THREADS="1",  # a tiny model has no work for a second thread, which then waits busily
     HF_HUB_OFFLINE="1",
     DO_NOT_TRACK="true",
     MLFLOW_DISABLE_TELEMETRY="true",

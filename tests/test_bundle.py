@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from bundles import openable_study
 from tiny_models import build_checkpoint, build_tokenizer
 
 from open_autoglm import engines
-from open_autoglm.bundle import MANIFEST, BundleModel, build_bundle, generate, open_bundle
+from open_autoglm.bundle import MANIFEST, BundleModel, build_bundle, generate, open_bundle, open_tokenizer
 from open_autoglm.engines.contract import Logits, Tokens
 from open_autoglm.errors import CheckpointError, UserError
 from open_autoglm.schemas import ExportedModel, Probe, Study, Trial
@@ -278,3 +280,43 @@ def test_generation_stops(said: list[int], limit: int, fed_back: list[int]) -> N
     answers = generate(session, tokenizer, ["Hello"], limit, {1}, max_tokens=64)
     assert answers == [tokenizer.decode([token for token in said if token != 1])]
     assert session.decoded == fed_back
+
+
+# ── the tokenizer ────────────────────────────────────────────────────────────────────────────────
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("family", ["glm", "glm4", "llama", "qwen3"])
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_the_tokenizer_is_the_one_that_transformers_finds(family: str, named: str, tmp_path: Path) -> None:
+    """The same class with the same words, whichever way it was found."""
+    from transformers import AutoTokenizer
+
+    build_tokenizer().save_pretrained(tmp_path)
+    change_json(tmp_path / "tokenizer_config.json", tokenizer_class=named)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    found = open_tokenizer(tmp_path, trust_remote_code=False)
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(found) is type(expected)
+    assert found.init_kwargs == expected.init_kwargs
+    assert found.chat_template == expected.chat_template
+    assert found.all_special_ids == expected.all_special_ids
+    for prompt in PROMPTS:
+        ids = found(prompt)["input_ids"]
+        assert ids == expected(prompt)["input_ids"]
+        assert found.decode(ids) == expected.decode(ids) == prompt
+
+
+def test_the_tokenizer_of_a_glm_needs_no_torch(shared_bundle: Path) -> None:
+    """A server of another runtime would pay for it with memory and with its start."""
+    code = (
+        "import sys; from pathlib import Path; from open_autoglm.bundle import open_tokenizer; "
+        "tokenizer = open_tokenizer(Path(sys.argv[1]), trust_remote_code=False); "
+        "tokenizer.apply_chat_template([{'role': 'user', 'content': 'Hello'}], tokenize=False); "
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(shared_bundle / "tokenizer")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"

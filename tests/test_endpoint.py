@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from bundles import openable_study
 from endpoints import Endpoint, endpoint, metric
@@ -172,6 +173,15 @@ def test_a_prompt_that_was_read_is_said_to_be_cached(http: httpx.Client) -> None
     complete(http, text)
     usage = complete(http, text)["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+
+def test_what_is_not_needed_is_not_loaded(http: httpx.Client, served: Endpoint) -> None:
+    """torch would take 190 MB of the server and two seconds of its start; this engine is another."""
+    complete(http)
+    server = psutil.Process(served.process.pid)
+    (engine,) = server.children()
+    for process in (server, engine):
+        assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def test_models_are_listed(http: httpx.Client) -> None:

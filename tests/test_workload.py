@@ -45,8 +45,15 @@ def texts(checkpoint: Checkpoint) -> list[Tokens]:
 
 
 @pytest.fixture
-def make(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., Workload]:
-    """Draws a workload of short prompts, with anything else in the spec as told."""
+def make(
+    checkpoint: Checkpoint, texts: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Workload]:
+    """Draws a workload of short prompts, with anything else in the spec as told.
+
+    The texts are encoded once for all tests, which takes longer than all the rest.
+    """
+    encoded = {(kind, "eval"): text for kind, text in zip(TEXTS, texts, strict=True)}
+    monkeypatch.setattr(room, "encode", lambda _tokenizer, kind, split: encoded[kind, split])
 
     def drawn(name: str = "workload.npz", **spec: Any) -> Workload:
         asked = {"model_path": "m", "prompt_tokens": 64, "output_tokens": 8, "rounds": 3, **spec}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from open_autoglm.bundle import end_tokens
+from open_autoglm.bundle import end_tokens, open_tokenizer
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Manifest, Model
 from open_autoglm.serving.engine import Engine, EngineLost, ErrorCode, NotFinite
@@ -279,13 +279,11 @@ async def start_service(
     timeout_s: float = 600,
 ) -> Service:
     """Start the engine of a bundle that was checked, and wait for it. Raises EngineLost."""
-    from transformers import AutoTokenizer
-
     room = min(engine_options.max_tokens, manifest.context_tokens)
     engine = Engine(engine_options.model_copy(update={"max_tokens": room}), log)
     directory = source.bundle / "tokenizer"
     tokenizer = await asyncio.to_thread(
-        AutoTokenizer.from_pretrained, directory, trust_remote_code=manifest.trust_remote_code
+        open_tokenizer, directory, trust_remote_code=manifest.trust_remote_code
     )
     await engine.start(timeout_s)
     return Service(

@@ -363,26 +363,36 @@ def test_an_odd_source_is_told(served: Endpoint, source: str) -> None:
 # ── what hosts do ────────────────────────────────────────────────────────────────────────────────
 
 
+STREAMS = 8
+"""So many that they are not done before the server has heard that it is to end."""
+
+
+def wait_until_refused(server: Endpoint) -> None:
+    deadline = time.monotonic() + 10
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            connect(server).close()
+            time.sleep(0.01)
+
+
 def test_a_server_that_is_told_to_end_finishes_every_stream(tiny_bundle: Path, tmp_path: Path) -> None:
     """Those that wait for a slot, too, though the engine gets the signals as well, as terminals and systemd
     send them. Who comes now is refused."""
     options = ("--name", NAME, "--slots", "2", "--max-tokens", "500")
-    with endpoint(tiny_bundle, tmp_path, *options) as server, ThreadPoolExecutor(8) as pool:
-        streams = [connect(server, keeps_bytes=1 << 12) for _ in range(8)]
+    with endpoint(tiny_bundle, tmp_path, *options) as server, ThreadPoolExecutor(STREAMS) as pool:
+        streams = [connect(server, keeps_bytes=1 << 12) for _ in range(STREAMS)]
         for stream in streams:
             stream.sendall(message(LONG))
-        assert streams[-1].recv(10).startswith(b"HTTP/1.1 2")
+        assert streams[0].recv(10).startswith(b"HTTP/1.1 2")
         engine = server.engine_pid
         os.kill(engine, signal.SIGINT)
         for pid in (engine, server.process.pid):
             os.kill(pid, signal.SIGTERM)
-        time.sleep(0.5)
-        with pytest.raises(ConnectionRefusedError):
-            connect(server)
+        wait_until_refused(server)
         assert server.process.poll() is None
         texts = list(pool.map(until_closed, streams))
         assert server.process.wait(60) == 0
-    assert [text.count(b"data: {") for text in texts] == [480] * 8
+    assert [text.count(b"data: {") for text in texts] == [480] * STREAMS
     assert all(b"data: [DONE]" in text for text in texts)
     assert not Path(f"/proc/{engine}").exists()
 

@@ -19,32 +19,33 @@ from functools import lru_cache
 
 from pydantic import Field
 
-from open_autoglm.monitoring.baseline import Expectation, Noise
+from open_autoglm.monitoring.baseline import SLACK, Expectation, Noise
 from open_autoglm.schemas.base import Model
 
 _REFERENCES = 2
 """Windows before the suspects that a jump may be from: the nearest may already be slow in part."""
 
-_LARGEST_STEP = 2.0
-"""What one window may add to the sum, in changes looked for: no single one decides."""
+_LARGEST_STEP = 4 * SLACK
+"""What one window may add to the sum: no single one decides."""
+
+_BEYOND_LESSON = 2.0
+_ALIKE = 4
 
 
 class ShiftPolicy(Model):
     """What counts as slower, and how seldom that may be said wrongly."""
 
-    change: float = Field(0.1, gt=0, lt=1, description="that the level finds within a day, as a share")
     floor: float = Field(0.05, ge=0, description="no window counts as slow that is less above, as a share")
     jump_sigmas: float = Field(4.0, gt=0, description="of a forecast's error, in each window of a jump")
     quiet_windows: float = Field(96_000, gt=0, description="between two false alarms of a level, on average")
+    level_lesson: int = Field(
+        384, ge=1, description="windows that a baseline must be of before its level is believed to 10 %"
+    )
     confirm: int = Field(2, ge=1, le=8, description="windows running that must agree")
 
     @property
     def least(self) -> float:
         return math.log1p(self.floor)
-
-    @property
-    def step(self) -> float:
-        return math.log1p(self.change)
 
 
 class Point(Model):
@@ -81,7 +82,8 @@ def follow(
     """The track with ``point`` added, which must be later than its last, and what that shows."""
     recent = (*track.recent, point)[-(policy.confirm + _REFERENCES) :]
     limit = level_limit(expectation.noise, policy)
-    total = _added(track.sum, point, policy)
+    sure = expectation.windows >= policy.level_lesson
+    total = _added(track.sum, point) if sure else 0.0
     above = track.above + 1 if total >= limit else 0
     suspects = recent[-policy.confirm :]
     least = min(suspect.log_ratio for suspect in suspects)
@@ -103,17 +105,18 @@ def level_limit(noise: Noise, policy: ShiftPolicy) -> float:
     """Of the cumulative sum: noise alone reaches it once in ``quiet_windows``.
 
     Brownian motion with drift −k and variance ω² per window exceeds b by chance at a rate of about
-    2k²/ω² exp(−2kb/ω²).
+    2k²/ω² exp(−2kb/ω²). A host that drifts for longer than the lesson shows is not such a process, so the
+    limit is also well above what the lesson itself has reached.
     """
-    slack, variance = policy.step / 2, max(noise.long_run, 1e-6) ** 2
-    seldom = math.log(max(math.e, 2 * slack**2 / variance * policy.quiet_windows))
-    return variance / (2 * slack) * seldom
+    variance = max(noise.long_run, 1e-6) ** 2
+    seldom = math.log(max(math.e, 2 * SLACK**2 / variance * policy.quiet_windows))
+    return max(variance / (2 * SLACK) * seldom, _BEYOND_LESSON * noise.excursion)
 
 
-def _added(total: float, point: Point, policy: ShiftPolicy) -> float:
+def _added(total: float, point: Point) -> float:
     """What the baseline is not sure of counts for the engine."""
-    excess = point.log_ratio - point.uncertainty - policy.step / 2
-    return max(0.0, total + min(excess, _LARGEST_STEP * policy.step))
+    excess = point.log_ratio - point.uncertainty - SLACK
+    return max(0.0, total + min(excess, _LARGEST_STEP))
 
 
 def _jump_sigmas(recent: tuple[Point, ...], noise: Noise, policy: ShiftPolicy) -> float:
@@ -139,7 +142,8 @@ def _standardised(point: Point, reference: Point | None, noise: Noise) -> float:
 
 @lru_cache(maxsize=64)
 def _quantile(sigmas: float, windows: int) -> float:
-    """As seldom by Student's t as ``sigmas`` is by the normal: the noise itself is known from a few windows."""
+    """As seldom by Student's t as ``sigmas`` is by the normal: the noise itself is known from a few windows,
+    and those that follow each other are alike."""
     from scipy.stats import norm, t
 
-    return float(t.isf(norm.sf(sigmas), df=max(2, windows - 4)))
+    return float(t.isf(norm.sf(sigmas), df=max(2, windows // _ALIKE)))

@@ -105,7 +105,7 @@ class World:
 
 
 def windows(world: World, count: int, seed: int, *, first: int = 0) -> Iterator[LatencyWindow]:
-    """``count`` windows from ``BEGIN``, or those after the first ``first``; the same seed has the same host."""
+    """``count`` windows from ``BEGIN`` on, or after the ``first``; the same seed has the same host."""
     random = np.random.default_rng((seed, first))
     host = _host_factor(world.host, first + count, seed)[first:]
     index = np.arange(first, first + count)
@@ -177,7 +177,7 @@ def _queue(
 ) -> tuple[Floats, Floats, Floats, NDArray[np.bool_]]:
     """Wait, time of the first token in the engine, time per further token, and who was refused.
 
-    Kiefer and Wolfowitz's recursion, over all windows at once: each request takes the slot that is free first.
+    Kiefer and Wolfowitz's recursion, over all windows at once: a request takes the slot that is free first.
     """
     rows = np.arange(len(arrival))
     free = np.full((len(arrival), service.slots), -np.inf)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Watched = Literal["ttft", "tpot"]
-"""Whose time in the engine is compared: of the prompt, without the wait for a slot, and of a further token."""
+"""Whose time in the engine is compared: a prompt's, without the wait for a slot, and a further token's."""
 
 WATCHED: tuple[Watched, ...] = ("ttft", "tpot")
 
@@ -108,10 +109,13 @@ class Noise(Model):
 
     between: float = Field(ge=0, description="standard deviation of what the host adds for a while")
     within: float = Field(ge=0, description="of a single request; of a mean, by the root of their number")
-    memory: float = Field(ge=0, lt=1, description="least correlation of the host's part with the window before")
+    memory: float = Field(
+        ge=0, lt=1, description="least correlation of the host's part with the window before"
+    )
     long_run: float = Field(ge=0, description="standard deviation of a sum of n windows is this times √n")
     excursion: float = Field(
-        ge=0, description="highest cumulative sum of what was above the slack, or below it, while it was learned"
+        ge=0,
+        description="highest cumulative sum of what was above the slack, or below it, while it was learned",
     )
 
 
@@ -161,7 +165,8 @@ class Baseline(Model):
     end: AwareDatetime
     stages: Mapping[Watched, Expectation]
     slower_than_trial: Mapping[Watched, float] = Field(
-        default={}, description="an idle endpoint's time for the study's request, as a multiple of the study's"
+        default={},
+        description="an idle endpoint's time for the study's request, as a multiple of the study's",
     )
 
 
@@ -254,10 +259,10 @@ def _robust_sd(errors: NDArray[np.float64]) -> float:
 def _follows(observations: Sequence[Observation]) -> NDArray[np.bool_]:
     """Of each but the first: whether it is of the window right after."""
     gaps = [
-        (after.end - before.end).total_seconds() - after.seconds
-        for before, after in zip(observations, observations[1:], strict=False)
+        (after.end - before.end).total_seconds() / after.seconds - 1
+        for before, after in pairwise(observations)
     ]
-    return np.array([abs(gap) < 1 for gap in gaps], dtype=bool)
+    return np.array([abs(gap) < 0.5 for gap in gaps], dtype=bool)
 
 
 def _noise(errors: NDArray[np.float64], answers: NDArray[np.float64], follows: NDArray[np.bool_]) -> Noise:

@@ -27,6 +27,10 @@ _EARLY_S = 5.0
 
 _STALE_WINDOWS = 2
 
+_PARTIAL, _OVERLAP = 0.25, 0.1
+"""Shares of a window that may be missing, since counters are read now and then, or were judged before, since
+a schedule is not on the second."""
+
 
 class Policy(Model):
     """What is promised, and what it takes to say that it is not kept."""
@@ -52,6 +56,7 @@ class JudgeState(Model):
 
     format_version: int = FORMAT_VERSION
     version: str = ""
+    bundle_digest: str = ""
     judged_until: AwareDatetime | None = None
     tracks: Mapping[Watched, Track] = {}
     broken: Mapping[str, int] = Field(default={}, description="windows running, by promise")
@@ -82,14 +87,22 @@ def judge(
     """
     if (reason := _unfit(window, state, policy, now)) is not None:
         return _no_data(window, reason, now), state
-    if window.version != state.version:
-        state = JudgeState(version=window.version, cool_until=state.cool_until)
+    if (window.version, window.bundle_digest) != (state.version, state.bundle_digest):
+        state = JudgeState(
+            version=window.version, bundle_digest=window.bundle_digest, cool_until=state.cool_until
+        )
     state = state.model_copy(update={"judged_until": window.end})
     if (reason := _silent(window, policy)) is not None:
         return _no_data(window, reason, now), state
-    own = baseline if baseline is not None and baseline.version == window.version else None
-    look = _look(window, state, own, policy)
+    look = _look(window, state, baseline if _is_of(baseline, window) else None, policy)
     return _decide(window, look, state, policy, now)
+
+
+def _is_of(baseline: Baseline | None, window: LatencyWindow) -> bool:
+    return baseline is not None and (baseline.version, baseline.bundle_digest) == (
+        window.version,
+        window.bundle_digest,
+    )
 
 
 # ── before anything is judged ────────────────────────────────────────────────────────────────────
@@ -99,16 +112,20 @@ def _unfit(window: LatencyWindow, state: JudgeState, policy: Policy, now: dateti
     """Why the window is not looked at, in words."""
     if window.end <= window.begin:
         return "the window ends before it begins"
-    if abs(window.seconds - policy.window_s) > 0.1 * policy.window_s:
+    if abs(window.seconds - policy.window_s) > _PARTIAL * policy.window_s:
         return f"the window is {window.seconds:.0f} s long; {policy.window_s:.0f} s are judged"
     early_s = (window.end - now).total_seconds()
     if early_s > _EARLY_S:
         return f"the window ends {early_s:.0f} s from now: the clocks differ"
     if -early_s > _STALE_WINDOWS * policy.window_s:
         return f"the window ended {-early_s:.0f} s ago: it says nothing of now"
-    if state.judged_until is not None and window.begin < state.judged_until - timedelta(seconds=1):
+    if state.judged_until is not None and _overlap_s(window, state.judged_until) > _OVERLAP * window.seconds:
         return f"the window overlaps one that was judged: until {state.judged_until.isoformat()}"
     return None
+
+
+def _overlap_s(window: LatencyWindow, until: datetime) -> float:
+    return (until - window.begin).total_seconds()
 
 
 def _silent(window: LatencyWindow, policy: Policy) -> str | None:
@@ -193,9 +210,7 @@ def _look_at_shifts(
             continue
         expected_ms = expectation.expected_ms(features)
         point = _point(seen, watched, expected_ms, expectation.uncertainty(features), policy)
-        tracks[watched], found = follow(
-            tracks.get(watched, Track()), point, expectation, policy.shift
-        )
+        tracks[watched], found = follow(tracks.get(watched, Track()), point, expectation, policy.shift)
         figures |= _shift_figures(watched, seen.engine_ms[watched], expected_ms, found)
         told = f"{watched}: {seen.engine_ms[watched]:.4g} ms in the engine, {expected_ms:.4g} ms expected"
         if found.jump or found.level:
@@ -211,7 +226,7 @@ def _point(
     seen: Observation, watched: Watched, expected_ms: float, uncertainty: float, policy: Policy
 ) -> Point:
     return Point(
-        at=round(seen.end.timestamp() / policy.window_s),
+        at=seen.end.timestamp() / policy.window_s,
         log_ratio=math.log(seen.engine_ms[watched] / expected_ms),
         uncertainty=uncertainty,
         answers=seen.answers[watched],

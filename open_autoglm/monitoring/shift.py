@@ -1,4 +1,4 @@
-"""Whether a stage has become slower than its baseline: two tests of the same log ratios, for two kinds of slow.
+"""Whether a stage has become slower than its baseline: two tests of the same log ratios.
 
 A *jump*: two windows running lie above what the windows before them let expect. The host's noise lasts, so a
 forecast from the window before is narrower than the baseline's own spread, and what a host adds slowly is no
@@ -51,7 +51,7 @@ class ShiftPolicy(Model):
 class Point(Model):
     """One window beside its baseline."""
 
-    at: int = Field(description="its number: windows since 1970")
+    at: float = Field(description="its end, in windows since 1970")
     log_ratio: float
     uncertainty: float = Field(description="standard error of the baseline for such a window")
     answers: int
@@ -73,7 +73,9 @@ class Finding(Model):
     sigmas: float = Field(description="of the least of the windows that must agree, against its forecast")
     sum: float
     limit: float
-    slower: float = Field(description="than the baseline, as a share: the least of the windows that must agree")
+    slower: float = Field(
+        description="than the baseline, as a share: the least of the windows that must agree"
+    )
 
 
 def follow(
@@ -133,7 +135,7 @@ def _standardised(point: Point, reference: Point | None, noise: Noise) -> float:
     """The error of the forecast of ``point`` by an AR(1) process, in its standard deviations."""
     forecast, kept, chance = 0.0, 0.0, noise.within**2 / point.answers
     if reference is not None:
-        kept = noise.memory ** (point.at - reference.at)
+        kept = noise.memory ** max(1.0, point.at - reference.at)
         forecast = kept * reference.log_ratio
         chance += kept**2 * noise.within**2 / reference.answers
     variance = noise.between**2 * (1 - kept**2) + chance + point.uncertainty**2

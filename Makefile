@@ -13,7 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-.PHONY: clients help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation bench-serve bench-soak llama-server peers
+.PHONY: clients help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation bench-serve bench-soak bench-watch llama-server peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ bench: bench-trust bench-processes bench-parallel bench-race ## All benchmarks, 
 
 bench-trust: $(READY) ## How often the method errs, with simulated engines (2 minutes)
 	$(BIN)/python -m benchmarks.trust --repeats 1000 --json benchmarks/results/trust.json
+
+bench-watch: $(READY) ## Does the watch call a breach in time, and never without one? On simulated traffic (15 minutes)
+	$(BIN)/python -m benchmarks.watch
 
 bench-processes: $(READY) $(DEMO)/config.json ## How much processes of one candidate differ here (3 minutes)
 	$(BIN)/python -m benchmarks.processes $(DEMO)

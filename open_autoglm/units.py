@@ -62,7 +62,7 @@ class Duration(_Quantity):
 
     noun = "duration"
     example = "50ms"
-    units: ClassVar[dict[str, float]] = {"us": 1e-3, "ms": 1.0, "s": 1e3, "min": 60e3}
+    units: ClassVar[dict[str, float]] = {"us": 1e-3, "ms": 1.0, "s": 1e3, "min": 60e3, "h": 3600e3}
 
     @property
     def ms(self) -> float:

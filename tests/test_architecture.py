@@ -41,6 +41,7 @@ WHO_MAY_IMPORT = {
     "pynvml": {"open_autoglm/measure/device_memory.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
+    "yaml": {"open_autoglm/monitoring/config.py"},
     "matplotlib": {"open_autoglm/figures.py"},
     "jinja2": {
         "open_autoglm/report.py",
@@ -54,6 +55,9 @@ WHO_MAY_IMPORT = {
     "scipy": {
         "open_autoglm/measure/comparison.py",
         "open_autoglm/measure/statistics.py",
+        "open_autoglm/monitoring/baseline.py",
+        "open_autoglm/monitoring/promises.py",
+        "open_autoglm/monitoring/shift.py",
         "open_autoglm/quality/metrics.py",
     },
     "torch": {

@@ -1,7 +1,8 @@
-"""The gate over the results table: no champion is registered on figures that cannot be true.
+"""The gates: no champion is registered, and nobody is woken, on figures that cannot be true.
 
-Great Expectations checks the table and keeps its Data Docs. Whether a failure blocks is decided
-here, by severity, because its own verdict also counts warnings.
+Great Expectations checks the results table of a study and keeps its Data Docs; it checks a production window
+in the same way, without them. Whether a failure blocks is decided here, by severity, because its own verdict
+also counts warnings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_autoglm.files import directory_atomic
 from open_autoglm.schemas import GateResult, Trial
+from open_autoglm.schemas.watch import Histogram, LatencyWindow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,31 +73,34 @@ def check_results(
     Trials must carry their ``measurements``, also those read back from disk. Data Docs replace
     ``docs_dir``; ``GateResult.data_docs`` names their index relative to the directory above it.
     """
+    champion = _champion_expectations(champion_id, min_quality, max_token_flips) if champion_id else []
+    expectations = [*_completeness(rounds), *_plausibility(), *champion]
+    context, results = _run("results", results_frame(trials), expectations, row_name="trial")
+    _write_data_docs(context, docs_dir)
+    return _judge(results, f"{docs_dir.name}/index.html", row_name="trial")
+
+
+def _run(name: str, frame: pd.DataFrame, expectations: list[Any], row_name: str) -> tuple[Any, Sequence[Any]]:
+    """The context, for its docs, and the outcome of each expectation."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     logging.getLogger("great_expectations").setLevel(logging.WARNING)
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
-    table = context.data_sources.add_pandas("study").add_dataframe_asset("results")
-    champion = _champion_expectations(champion_id, min_quality, max_token_flips) if champion_id else []
-    suite = gx.ExpectationSuite(
-        name="results", expectations=[*_completeness(rounds), *_plausibility(), *champion]
-    )
+    table = context.data_sources.add_pandas("figures").add_dataframe_asset(name)
+    suite = gx.ExpectationSuite(name=name, expectations=expectations)
     validation = gx.ValidationDefinition(
-        name="results",
-        data=table.add_batch_definition_whole_dataframe("all"),
-        suite=context.suites.add(suite),
+        name=name, data=table.add_batch_definition_whole_dataframe("all"), suite=context.suites.add(suite)
     )
     checkpoint = gx.Checkpoint(
         name="gate",
         validation_definitions=[context.validation_definitions.add(validation)],
-        result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["trial"]},
+        result_format={"result_format": "COMPLETE", "unexpected_index_column_names": [row_name]},
     )
-    outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": results_frame(trials)})
+    outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
     (validated,) = outcome.run_results.values()
-    _write_data_docs(context, docs_dir)
-    return _judge(validated.results, f"{docs_dir.name}/index.html")
+    return context, validated.results
 
 
 def _completeness(rounds: int) -> list[Any]:
@@ -200,11 +205,11 @@ def _write_data_docs(context: Any, docs_dir: Path) -> None:
         context.build_data_docs(site_names=["docs"])
 
 
-def _judge(results: Sequence[Any], data_docs: str) -> GateResult:
+def _judge(results: Sequence[Any], data_docs: str | None, row_name: str) -> GateResult:
     sentences: dict[str, list[str]] = {"critical": [], "warning": []}
     for result in results:
         if not result.success:
-            sentences[result.expectation_config.severity.value].append(_sentence(result))
+            sentences[result.expectation_config.severity.value].append(_sentence(result, row_name))
     return GateResult(
         passed=not sentences["critical"],
         evaluated=len(results),
@@ -214,16 +219,104 @@ def _judge(results: Sequence[Any], data_docs: str) -> GateResult:
     )
 
 
-def _sentence(result: Any) -> str:
-    """The expectation in words, then each trial that breaks it with its values."""
+def _sentence(result: Any, row_name: str) -> str:
+    """The expectation in words, then each row that breaks it with its values."""
     expected = f"expected: {result.expectation_config.description}"
     if rows := result.result.get("unexpected_index_list"):
         found = "; ".join(
-            f"{row['trial']} has "
-            + ", ".join(f"{key} = {value:g}" for key, value in row.items() if key != "trial")
+            f"{row[row_name]} has "
+            + ", ".join(f"{key} = {value:g}" for key, value in row.items() if key != row_name)
             for row in rows
         )
         return f"{expected}; but {found}"
     if (observed := result.result.get("observed_value")) is not None:
         return f"{expected}; but found {observed}"
     return expected
+
+
+# ── a production window ──────────────────────────────────────────────────────────────────────────
+
+_COUNTS = ("requests", "refused", "failed", "restarts", "cached_tokens")
+_ROUNDING = 0.05
+"""Prometheus extrapolates counts and sums of a window to its ends, each by itself."""
+
+
+def window_frame(window: LatencyWindow) -> pd.DataFrame:
+    """One row. Each histogram that has values gives its count, mean, p50, p95, and between what its buckets
+    say that the mean lies; one without values gives no columns, since a window need not have answers."""
+    import pandas as pd
+
+    row: dict[str, Any] = {"window": window.end.isoformat(), "seconds": window.seconds}
+    row |= {name: getattr(window, name) for name in _COUNTS}
+    for name, histogram in _filled(window).items():
+        least, most = _mean_by_buckets(histogram)
+        row |= {f"{name}_count": histogram.count, f"{name}_mean": histogram.mean}
+        row |= {f"{name}_p50": histogram.quantile(0.5), f"{name}_p95": histogram.quantile(0.95)}
+        row |= {f"{name}_mean_least": least, f"{name}_mean_most": most}
+    return pd.DataFrame([row])
+
+
+def check_window(window: LatencyWindow) -> GateResult:
+    """Check that the figures of ``window`` can be true: known, not negative, and in keeping with each other.
+
+    Whether they are good is not asked here. The first call imports Great Expectations: seconds.
+    """
+    import great_expectations.expectations as gxe
+
+    names = tuple(_filled(window))
+    expectations = [
+        gxe.ExpectTableRowCountToEqual(value=1, description="there is one window"),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="seconds", min_value=0, strict_min=True, description="the window ends after it begins"
+        ),
+        *(
+            gxe.ExpectColumnValuesToBeBetween(column=c, min_value=0, description=f"{c} is not negative")
+            for c in _COUNTS
+        ),
+        *(expected for name in names for expected in _histogram_expectations(name)),
+    ]
+    _, results = _run("window", window_frame(window), expectations, row_name="window")
+    return _judge(results, None, row_name="window")
+
+
+def _filled(window: LatencyWindow) -> dict[str, Histogram]:
+    everything = {
+        **{f"{stage}_ms": histogram for stage, histogram in window.times_ms.items()},
+        "prompt_tokens": window.prompt_tokens,
+        "output_tokens": window.output_tokens,
+    }
+    return {name: histogram for name, histogram in everything.items() if histogram.count}
+
+
+def _mean_by_buckets(histogram: Histogram) -> tuple[float, float]:
+    """The least and the greatest mean that the counts of the buckets allow."""
+    edges = (0.0, *histogram.bounds, float("inf"))
+    totals = [
+        sum(count * edge for count, edge in zip(histogram.counts, ends, strict=True) if count)
+        for ends in (edges[:-1], edges[1:])
+    ]
+    least, most = (total / histogram.count for total in totals)
+    return least * (1 - _ROUNDING), most * (1 + _ROUNDING)
+
+
+def _histogram_expectations(name: str) -> list[Any]:
+    """NaN passes every comparison, so that the mean is known comes first."""
+    import great_expectations.expectations as gxe
+
+    def at_least(greater: str, less: str, told: str) -> Any:
+        return gxe.ExpectColumnPairValuesAToBeGreaterThanB(
+            column_A=f"{name}_{greater}", column_B=f"{name}_{less}", or_equal=True, description=told
+        )
+
+    return [
+        gxe.ExpectColumnValuesToNotBeNull(column=f"{name}_mean", description=f"the mean of {name} is known"),
+        gxe.ExpectColumnValuesToBeBetween(
+            column=f"{name}_mean",
+            min_value=0,
+            max_value=_LARGEST["ttft_ms"],
+            description=f"the mean of {name} is not negative, and finite",
+        ),
+        at_least("p95", "p50", f"{name} has p50 <= p95"),
+        at_least("mean", "mean_least", f"the mean of {name} is no less than its buckets allow"),
+        at_least("mean_most", "mean", f"the mean of {name} is no more than its buckets allow"),
+    ]

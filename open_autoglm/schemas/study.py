@@ -108,7 +108,7 @@ class Incumbent(Model):
 
 
 class GateResult(Model):
-    """The outcome of one Great Expectations suite over the results table."""
+    """The outcome of one Great Expectations suite over a results table or a window."""
 
     passed: bool
     evaluated: int

@@ -116,7 +116,14 @@ class Judgement(Model):
     service: str
     at: AwareDatetime
     state: WatchState
+    act: bool = Field(False, description="breached, and nothing was done about it within the cool-down")
     reasons: tuple[str, ...] = Field(description="sentences; for `ok` what was looked at")
     window: LatencyWindow | None = None
     figures: Mapping[str, float] = Field(default={}, description="what was compared, units in the names")
     cause: Cause | None = None
+
+    @model_validator(mode="after")
+    def _acts_on_breaches(self) -> Self:
+        if self.act and self.state != "breached":
+            raise ValueError(f"{self.state!r} is nothing to act on")
+        return self

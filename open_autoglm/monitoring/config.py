@@ -1,0 +1,183 @@
+"""One file per service says what is watched, promised and done: ``infra/watch/NAME.yaml``.
+
+Everything wrong with it is told at once, each with its line and how to mend it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from open_autoglm.errors import UserError
+from open_autoglm.monitoring.judge import Policy
+from open_autoglm.monitoring.shift import ShiftPolicy
+from open_autoglm.schemas.base import FORMAT_VERSION, Model
+from open_autoglm.schemas.request import OptimizeSpec
+from open_autoglm.schemas.watch import Slo
+from open_autoglm.units import Duration
+
+if TYPE_CHECKING:
+    from yaml import Node
+
+_DAY_MS = 24 * 3_600_000
+
+
+class SloSpec(Model):
+    """The promise, as it is written."""
+
+    ttft_p95: Duration | None = Field(None, description="request to first token, for 95 % of the answers")
+    tpot_p95: Duration | None = Field(None, description="each further token")
+    e2e_p95: Duration | None = Field(None, description="request to last token")
+    error_fraction: float = Field(0.01, ge=0, lt=1, description="of all requests: lost or refused")
+
+    @property
+    def slo(self) -> Slo:
+        return Slo(
+            ttft_p95_ms=self.ttft_p95.ms if self.ttft_p95 else None,
+            tpot_p95_ms=self.tpot_p95.ms if self.tpot_p95 else None,
+            e2e_p95_ms=self.e2e_p95.ms if self.e2e_p95 else None,
+            error_fraction=self.error_fraction,
+        )
+
+
+class JudgeSpec(Model):
+    """What it takes to call it a breach."""
+
+    window: Duration = Field(Duration("15min"), description="of one judgement; the schedule runs as often")
+    min_requests: int = Field(50, ge=1, description="fewer in a window say nothing")
+    confirm_windows: int = Field(2, ge=1, le=8, description="running, to begin a breach and to end it")
+    cool_down: Duration = Field(Duration("6h"), description="after an act, until the next")
+    baseline_windows: int = Field(
+        96, ge=24, le=672, description="healthy ones before a version's first baseline: a day's"
+    )
+
+    @field_validator("window")
+    @classmethod
+    def _of_a_sensible_length(cls, window: Duration) -> Duration:
+        if not 60_000 <= window.ms <= _DAY_MS:
+            raise ValueError("a window is one minute to a day long, such as 15min")
+        return window
+
+
+class ActionSpec(Model):
+    """What may be done about a breach, from the ladder's first rung on."""
+
+    highest_rung: int = Field(
+        2, ge=0, le=2, description="0: tune what runs, 1: quantise further, 2: the whole search, also pruning"
+    )
+    canary_weight: float = Field(0, ge=0, le=50, description="per cent of the callers that meet a challenger")
+    shadow_weight: float = Field(10, ge=0, le=100, description="per cent of the prompts asked of both")
+    require_approval: bool = Field(True, description="a person says yes before a challenger is promoted")
+
+
+class WatchSpec(Model):
+    """One service and how it is watched."""
+
+    format_version: int = Field(FORMAT_VERSION, ge=FORMAT_VERSION, le=FORMAT_VERSION)
+    service: str = Field(description="the model's public name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    endpoint: str = Field(description="its address", pattern=r"^https?://[^\s]+$")
+    prometheus: str | None = Field(
+        None, description="address of a Prometheus that reads it; without, the endpoint is read itself",
+        pattern=r"^https?://[^\s]+$",
+    )  # fmt: skip
+    slo: SloSpec
+    judge: JudgeSpec = JudgeSpec()
+    action: ActionSpec = ActionSpec()
+    optimize: OptimizeSpec = Field(description="the request that is made anew on a breach")
+
+    @model_validator(mode="after")
+    def _acts_within_its_means(self) -> Self:
+        if self.judge.cool_down.ms < self.judge.window.ms:
+            raise ValueError("judge.cool_down is shorter than judge.window: each window would be acted on")
+        return self
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(
+            slo=self.slo.slo,
+            window_s=self.judge.window.ms / 1000,
+            min_requests=self.judge.min_requests,
+            shift=ShiftPolicy(confirm=self.judge.confirm_windows),
+            cool_down_s=self.judge.cool_down.ms / 1000,
+        )
+
+
+def read_watch_spec(path: Path) -> WatchSpec:
+    """Raises UserError: a sentence per mistake, each with ``file:line``."""
+    import yaml
+
+    try:
+        text = path.read_text()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_twice(path, root)
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} is not") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: this is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}:1: a watch is a mapping that begins with `service: NAME`")
+    try:
+        return WatchSpec.model_validate(content)
+    except ValidationError as error:
+        told = [f"{path}:{_line(root, e['loc'])}: {_words(e)}" for e in error.errors()]
+        raise UserError("\n".join(told)) from None
+
+
+def _refuse_twice(path: Path, root: Node | None) -> None:
+    """YAML's loader takes the last of two equal keys without a word."""
+    for keys in _mappings(root):
+        seen: dict[str, int] = {}
+        for name, line in keys:
+            if name in seen:
+                raise UserError(f"{path}:{line}: `{name}` is already given in line {seen[name]}: remove one")
+            seen[name] = line
+
+
+def _mappings(node: Node | None) -> Iterator[list[tuple[str, int]]]:
+    """Keys and their lines, of each mapping in ``node``."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        yield [(str(key.value), key.start_mark.line + 1) for key, _ in node.value]
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _line(node: Node | None, location: Sequence[int | str]) -> int:
+    """Of the innermost part of ``location`` that is written; of what it is missing from, otherwise."""
+    import yaml
+
+    line = node.start_mark.line + 1 if node else 1
+    for part in location:
+        found = None
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = (node.value[part], node.value[part])
+        if found is None:
+            return line
+        key, node = found
+        line = key.start_mark.line + 1
+    return line
+
+
+def _words(error: Any) -> str:
+    name = ".".join(map(str, error["loc"])) or "the file"
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        return f"`{name}` is missing: add it"
+    if kind == "extra_forbidden":
+        return f"`{name}` is not known: remove it, or mend its spelling"
+    return f"`{name}`: {message[:1].lower()}{message[1:]} (got {error['input']!r})"

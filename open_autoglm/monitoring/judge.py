@@ -1,0 +1,303 @@
+"""The judgement on one window: the promise, the version's own baseline, and what was found before.
+
+Pure: no clock, no disk, no network. The caller keeps the state and hands it back. A window that was judged
+before, or that overlaps one, changes nothing, so a flow that runs twice does not find anything twice.
+
+Nothing is breached by one window: a promise must be broken, or a stage slower, in as many windows running as
+the policy says, and a breach ends only when as many running have come back below a lower bar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from pydantic import AwareDatetime, Field
+
+from open_autoglm.monitoring.baseline import WATCHED, Baseline, Observation, Watched, observe
+from open_autoglm.monitoring.promises import Kept, check_promises
+from open_autoglm.monitoring.shift import Finding, Point, ShiftPolicy, Track, follow
+from open_autoglm.schemas.base import FORMAT_VERSION, Model
+from open_autoglm.schemas.watch import Judgement, LatencyWindow, Slo
+
+_EARLY_S = 5.0
+"""Clocks of two hosts may differ so."""
+
+_STALE_WINDOWS = 2
+
+_PARTIAL, _OVERLAP = 0.25, 0.1
+"""Shares of a window that may be missing, since counters are read now and then, or were judged before, since
+a schedule is not on the second."""
+
+
+class Policy(Model):
+    """What is promised, and what it takes to say that it is not kept."""
+
+    slo: Slo
+    window_s: float = Field(900, gt=0)
+    min_requests: int = Field(50, ge=1, description="asked in a window; fewer say nothing")
+    promise_error: float = Field(0.01, gt=0, lt=1, description="chance of a kept promise to look broken once")
+    shift: ShiftPolicy = ShiftPolicy()
+    cool_down_s: float = Field(21_600, ge=0, description="after acting on a breach, until the next act")
+
+
+class Breach(Model):
+    """One that has not ended."""
+
+    since: AwareDatetime
+    by: tuple[str, ...] = Field(description="promises, and stages as `shift ttft`")
+    calm: int = Field(0, ge=0, description="windows running that are back below the lower bar")
+
+
+class JudgeState(Model):
+    """What is remembered from one window to the next."""
+
+    format_version: int = FORMAT_VERSION
+    version: str = ""
+    bundle_digest: str = ""
+    judged_until: AwareDatetime | None = None
+    tracks: Mapping[Watched, Track] = {}
+    broken: Mapping[str, int] = Field(default={}, description="windows running, by promise")
+    breach: Breach | None = None
+    cool_until: AwareDatetime | None = None
+
+
+class _Look(NamedTuple):
+    """What a window shows, beside what was remembered."""
+
+    tracks: Mapping[Watched, Track]
+    broken: Mapping[str, int]
+    alarms: Mapping[str, str]
+    """Sentences, by what they are about: confirmed, and a breach."""
+    calm: frozenset[str]
+    """What is below the lower bar."""
+    notes: tuple[str, ...]
+    figures: Mapping[str, float]
+
+
+def judge(
+    window: LatencyWindow, state: JudgeState, baseline: Baseline | None, policy: Policy, now: datetime
+) -> tuple[Judgement, JudgeState]:
+    """The judgement on ``window`` and the state to hand back with the next.
+
+    A baseline of another version is not compared with. The first window that is over its promise, and the
+    first of each process with a baseline, import SciPy, about a second: call it in a thread.
+    """
+    if (reason := _unfit(window, state, policy, now)) is not None:
+        return _no_data(window, reason, now), state
+    if (window.version, window.bundle_digest) != (state.version, state.bundle_digest):
+        state = JudgeState(
+            version=window.version, bundle_digest=window.bundle_digest, cool_until=state.cool_until
+        )
+    state = state.model_copy(update={"judged_until": window.end})
+    if (reason := _silent(window, policy)) is not None:
+        return _no_data(window, reason, now), state
+    look = _look(window, state, baseline if _is_of(baseline, window) else None, policy)
+    return _decide(window, look, state, policy, now)
+
+
+def _is_of(baseline: Baseline | None, window: LatencyWindow) -> bool:
+    return baseline is not None and (baseline.version, baseline.bundle_digest) == (
+        window.version,
+        window.bundle_digest,
+    )
+
+
+# ── before anything is judged ────────────────────────────────────────────────────────────────────
+
+
+def _unfit(window: LatencyWindow, state: JudgeState, policy: Policy, now: datetime) -> str | None:
+    """Why the window is not looked at, in words."""
+    if window.end <= window.begin:
+        return "the window ends before it begins"
+    if abs(window.seconds - policy.window_s) > _PARTIAL * policy.window_s:
+        return f"the window is {window.seconds:.0f} s long; {policy.window_s:.0f} s are judged"
+    early_s = (window.end - now).total_seconds()
+    if early_s > _EARLY_S:
+        return f"the window ends {early_s:.0f} s from now: the clocks differ"
+    if -early_s > _STALE_WINDOWS * policy.window_s:
+        return f"the window ended {-early_s:.0f} s ago: it says nothing of now"
+    if state.judged_until is not None and _overlap_s(window, state.judged_until) > _OVERLAP * window.seconds:
+        return f"the window overlaps one that was judged: until {state.judged_until.isoformat()}"
+    return None
+
+
+def _overlap_s(window: LatencyWindow, until: datetime) -> float:
+    return (until - window.begin).total_seconds()
+
+
+def _silent(window: LatencyWindow, policy: Policy) -> str | None:
+    """Why the window says nothing of the service, in words."""
+    asked = window.requests + window.refused
+    if asked < policy.min_requests:
+        return f"{asked} requests in the window; {policy.min_requests} are needed"
+    histograms = {**window.times_ms, "prompt tokens": window.prompt_tokens, "output": window.output_tokens}
+    broken = [name for name, histogram in histograms.items() if not math.isfinite(histogram.sum)]
+    if broken:
+        return f"the sum of {broken[0]} is not finite"
+    lost = (window.failed + window.refused) / asked > policy.slo.error_fraction
+    promised = {"ttft": policy.slo.ttft_p95_ms, "tpot": policy.slo.tpot_p95_ms, "e2e": policy.slo.e2e_p95_ms}
+    measured = {name for name, histogram in window.times_ms.items() if histogram.count}
+    missing = [name for name, bound_ms in promised.items() if bound_ms is not None and name not in measured]
+    if missing and not lost:
+        return f"{asked} requests in the window, and no {missing[0]} of any: its promise cannot be judged"
+    return None
+
+
+def _no_data(window: LatencyWindow, reason: str, now: datetime) -> Judgement:
+    return Judgement(service=window.service, at=now, state="no_data", reasons=(reason,), window=window)
+
+
+# ── one look ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _look(window: LatencyWindow, state: JudgeState, baseline: Baseline | None, policy: Policy) -> _Look:
+    promises = _look_at_promises(window, state, policy)
+    shifts = _look_at_shifts(window, state, baseline, policy)
+    return _Look(
+        tracks=shifts.tracks,
+        broken=promises.broken,
+        alarms={**promises.alarms, **shifts.alarms},
+        calm=promises.calm | shifts.calm,
+        notes=(*promises.notes, *shifts.notes),
+        figures={"requests": float(window.requests), **promises.figures, **shifts.figures},
+    )
+
+
+def _look_at_promises(window: LatencyWindow, state: JudgeState, policy: Policy) -> _Look:
+    kept = check_promises(window, policy.slo)
+    broken = {
+        promise.name: state.broken.get(promise.name, 0) + 1
+        for promise in kept
+        if promise.chance < policy.promise_error
+    }
+    alarms = {
+        promise.name: f"{promise.told}, in {broken[promise.name]} windows running"
+        for promise in kept
+        if broken.get(promise.name, 0) >= policy.shift.confirm
+    }
+    notes = tuple(
+        f"{p.told}, in a first window" if p.name in broken else p.told for p in kept if p.name not in alarms
+    )
+    calm = frozenset(promise.name for promise in kept if promise.within)
+    return _Look(state.tracks, broken, alarms, calm, notes, _promise_figures(window, kept))
+
+
+def _promise_figures(window: LatencyWindow, kept: tuple[Kept, ...]) -> dict[str, float]:
+    figures = {f"{promise.name}_bad_share": promise.share for promise in kept}
+    for stage, times in window.times_ms.items():
+        if (p95 := times.quantile(0.95)) is not None:
+            figures[f"{stage}_p95_ms"] = p95
+    return figures
+
+
+def _look_at_shifts(
+    window: LatencyWindow, state: JudgeState, baseline: Baseline | None, policy: Policy
+) -> _Look:
+    seen = observe(window)
+    if baseline is None or seen is None:
+        missing = "no baseline of this version yet" if baseline is None else "no times to compare"
+        return _Look(state.tracks, {}, {}, frozenset(), (f"{missing}: only the promises count",), {})
+    tracks, notes, alarms, calm = dict(state.tracks), [], {}, set()
+    figures: dict[str, float] = {}
+    for watched in (name for name in WATCHED if name in baseline.stages and name in seen.engine_ms):
+        name, features = f"shift {watched}", seen.features(watched)
+        expectation = baseline.stages[watched]
+        if not expectation.covers(features):
+            notes.append(f"{watched}: its baseline has not seen such lengths or such a load")
+            continue
+        expected_ms = expectation.expected_ms(features)
+        point = _point(seen, watched, expected_ms, expectation.uncertainty(features), policy)
+        tracks[watched], found = follow(tracks.get(watched, Track()), point, expectation, policy.shift)
+        figures |= _shift_figures(watched, seen.engine_ms[watched], expected_ms, found)
+        told = f"{watched}: {seen.engine_ms[watched]:.4g} ms in the engine, {expected_ms:.4g} ms expected"
+        if found.jump or found.level:
+            alarms[name] = f"{told}; {_shift_words(found, policy.shift)}"
+        else:
+            notes.append(told)
+        if point.log_ratio <= policy.shift.least / 2:
+            calm.add(name)
+    return _Look(tracks, {}, alarms, frozenset(calm), tuple(notes), figures)
+
+
+def _point(
+    seen: Observation, watched: Watched, expected_ms: float, uncertainty: float, policy: Policy
+) -> Point:
+    return Point(
+        at=seen.end.timestamp() / policy.window_s,
+        log_ratio=math.log(seen.engine_ms[watched] / expected_ms),
+        uncertainty=uncertainty,
+        answers=seen.answers[watched],
+    )
+
+
+def _shift_figures(watched: Watched, ms: float, expected_ms: float, found: Finding) -> dict[str, float]:
+    return {
+        f"{watched}_engine_ms": ms,
+        f"{watched}_expected_ms": expected_ms,
+        f"{watched}_jump_sigmas": found.sigmas,
+        f"{watched}_level_of_limit": found.sum / found.limit,
+    }
+
+
+def _shift_words(found: Finding, policy: ShiftPolicy) -> str:
+    if found.jump:
+        return (
+            f"at least {found.slower:.0%} slower in {policy.confirm} windows running, "
+            f"{found.sigmas:.1f} standard deviations above its forecast"
+        )
+    return f"slower for long: the cumulative sum is {found.sum / found.limit:.1f} times its limit"
+
+
+# ── the verdict ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _decide(
+    window: LatencyWindow, look: _Look, state: JudgeState, policy: Policy, now: datetime
+) -> tuple[Judgement, JudgeState]:
+    breach = _breach(look, state.breach, policy, now)
+    cooling = state.cool_until is not None and now < state.cool_until
+    act = breach is not None and bool(look.alarms) and not cooling
+    ended = state.breach is not None and breach is None
+    judgement = Judgement(
+        service=window.service,
+        at=now,
+        state="ok" if breach is None else "breached",
+        act=act,
+        reasons=_reasons(look, breach, state.cool_until if cooling else None),
+        window=window,
+        figures=look.figures,
+    )
+    return judgement, state.model_copy(
+        update={
+            "tracks": {} if ended else look.tracks,
+            "broken": look.broken,
+            "breach": breach,
+            "cool_until": now + timedelta(seconds=policy.cool_down_s) if act else state.cool_until,
+        }
+    )
+
+
+def _breach(look: _Look, before: Breach | None, policy: Policy, now: datetime) -> Breach | None:
+    """The breach that goes on, or begins; None if there is none, or it has ended."""
+    if before is None:
+        return Breach(since=now, by=tuple(look.alarms)) if look.alarms else None
+    by = tuple(dict.fromkeys((*before.by, *look.alarms)))
+    calm = before.calm + 1 if look.calm.issuperset(by) else 0
+    if calm >= policy.shift.confirm:
+        return None
+    return Breach(since=before.since, by=by, calm=calm)
+
+
+def _reasons(look: _Look, breach: Breach | None, cool_until: datetime | None) -> tuple[str, ...]:
+    if breach is None:
+        return look.notes
+    reasons = [*look.alarms.values()]
+    if not look.alarms:
+        reasons.append(f"breached since {breach.since.isoformat()} by {', '.join(breach.by)}: not over yet")
+        reasons += look.notes
+    if cool_until is not None:
+        reasons.append(f"nothing is done before {cool_until.isoformat()}: the last act has to show first")
+    return tuple(reasons)

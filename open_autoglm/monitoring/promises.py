@@ -1,0 +1,93 @@
+"""Whether a window keeps the promises of its SLO, beyond what chance would do.
+
+A p95 within its bound is a share of at most 5 % above it. How many were above is exact at the bounds of the
+histogram's buckets, so it is a binomial test of a count, and no quantile is interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from open_autoglm.schemas.base import Model
+from open_autoglm.schemas.watch import Histogram, LatencyWindow, Slo, Stage
+from open_autoglm.units import number
+
+ABOVE_P95 = 0.05
+ERRORS = "errors"
+
+
+class Kept(Model):
+    """How one promise fared in one window."""
+
+    name: str
+    bad: int = Field(description="answers that broke it; at least, if the bound is not a bucket's")
+    of: int
+    allowed: float = Field(description="share that may be bad")
+    chance: float = Field(description="of so many, or more, while the promise is kept")
+    told: str
+
+    @property
+    def share(self) -> float:
+        return self.bad / self.of
+
+    @property
+    def within(self) -> bool:
+        """As it is, without regard to chance."""
+        return self.share <= self.allowed
+
+
+def check_promises(window: LatencyWindow, slo: Slo) -> tuple[Kept, ...]:
+    """Those that are made and that the window says something of."""
+    return (*_times(window, slo), *_errors(window, slo))
+
+
+def _times(window: LatencyWindow, slo: Slo) -> Iterator[Kept]:
+    bounds: tuple[tuple[Stage, float | None], ...] = (
+        ("ttft", slo.ttft_p95_ms),
+        ("tpot", slo.tpot_p95_ms),
+        ("e2e", slo.e2e_p95_ms),
+    )
+    for stage, bound_ms in bounds:
+        times = window.times_ms.get(stage)
+        if bound_ms is None or times is None or not times.count:
+            continue
+        bad, counted_ms = _above(times, bound_ms)
+        told = f"{stage}: {bad} of {times.count} answers were over {number(bound_ms)} ms; 5 % may be"
+        if counted_ms != bound_ms:
+            told += (
+                f" (counted from {number(counted_ms)} ms, since its buckets do not end at {number(bound_ms)})"
+            )
+        yield _kept(stage, bad, times.count, ABOVE_P95, told)
+
+
+def _above(times: Histogram, bound_ms: float) -> tuple[int, float]:
+    """How many surely were greater, and from where they are counted: the next bound of a bucket."""
+    exact = times.above(bound_ms)
+    if exact is not None:
+        return exact, bound_ms
+    next_ms = next((bound for bound in times.bounds if bound > bound_ms), None)
+    if next_ms is None:  # the last bucket begins below the bound and has no end
+        return 0, bound_ms
+    return times.above(next_ms) or 0, next_ms
+
+
+def _errors(window: LatencyWindow, slo: Slo) -> Iterator[Kept]:
+    asked, bad = window.requests + window.refused, window.failed + window.refused
+    if asked:
+        told = f"errors: {bad} of {asked} requests were lost or refused; {slo.error_fraction:.2%} may be"
+        yield _kept(ERRORS, min(bad, asked), asked, slo.error_fraction, told)
+
+
+def _kept(name: str, bad: int, of: int, allowed: float, told: str) -> Kept:
+    return Kept(name=name, bad=bad, of=of, allowed=allowed, chance=_chance(bad, of, allowed), told=told)
+
+
+def _chance(bad: int, of: int, allowed: float) -> float:
+    """One-sided and exact (Clopper and Pearson 1934)."""
+    if bad <= allowed * of:
+        return 1.0  # more likely than not, and SciPy stays out of a healthy window
+    from scipy.stats import binom
+
+    return float(binom.sf(bad - 1, of, allowed))

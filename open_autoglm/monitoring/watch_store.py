@@ -1,0 +1,147 @@
+"""What a service's watch remembers, on disk: ``AUTOGLM_HOME/watch/SERVICE``.
+
+``memory.json`` and ``baselines/`` are replaced whole; ``judgements.jsonl`` grows by a line at each look. A
+power cut may tear its last line, which is then left out; a full disk is a reason and no exception.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+from open_autoglm.files import digest_of, file_lock, write_atomic
+from open_autoglm.monitoring.baseline import Baseline
+from open_autoglm.monitoring.judge import JudgeState
+from open_autoglm.monitoring.lesson import Lesson
+from open_autoglm.schemas.base import FORMAT_VERSION, Model
+from open_autoglm.schemas.watch import Judgement, LatencyWindow
+
+_MOST_HISTORY_BYTES = 32 * 2**20
+"""About three months of a look every quarter of an hour; the three before are kept, too."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class Memory(Model):
+    """What is known between two looks."""
+
+    format_version: int = FORMAT_VERSION
+    state: JudgeState = JudgeState()
+    lesson: Lesson = Lesson()
+
+
+class Remembered(NamedTuple):
+    """The memory, or an empty one and why."""
+
+    memory: Memory
+    problem: str | None = None
+
+
+class WatchStore:
+    """Of one service. ``home`` is made when something is written."""
+
+    def __init__(self, home: Path, service: str) -> None:
+        self._folder = home / "watch" / _file_name(service)
+
+    @property
+    def history_file(self) -> Path:
+        return self._folder / "judgements.jsonl"
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held for the time of a look. Raises OSError where nothing can be written at all."""
+        return file_lock(self._folder / "lock")
+
+    # ── what is replaced ─────────────────────────────────────────────────────────────────────────
+
+    def memory(self) -> Remembered:
+        """Begins anew if it cannot be read: a cool-down is then forgotten, and said to be."""
+        path = self._folder / "memory.json"
+        try:
+            return Remembered(Memory.model_validate_json(path.read_bytes()))
+        except FileNotFoundError:
+            return Remembered(Memory())
+        except (OSError, ValueError) as error:
+            problem = f"{path} cannot be read and is begun anew: {_first_line(error)}"
+            return Remembered(Memory(), problem)
+
+    def baseline(self, window: LatencyWindow) -> Baseline | None:
+        """Of the version and the bundle that ``window`` is of; None if it has none that can be read."""
+        path = self._baseline_file(window.version, window.bundle_digest)
+        try:
+            return Baseline.model_validate_json(path.read_bytes())
+        except (OSError, ValueError):  # absent, or another format's: it is learned again
+            return None
+
+    def keep(self, memory: Memory, learned: Baseline | None) -> str | None:
+        """Write both; why that is not possible, in words."""
+        try:
+            if learned is not None:
+                file = self._baseline_file(learned.version, learned.bundle_digest)
+                write_atomic(file, learned.model_dump_json())
+            write_atomic(self._folder / "memory.json", memory.model_dump_json())
+        except OSError as error:
+            return f"this look cannot be remembered, so nothing is done about it: {_first_line(error)}"
+        return None
+
+    def _baseline_file(self, version: str, digest: str) -> Path:
+        """Labels come from whoever answers at the address, so they name no path."""
+        return (
+            self._folder / "baselines" / f"{_file_name(version or 'unregistered')}-{_file_name(digest)}.json"
+        )
+
+    # ── what grows ───────────────────────────────────────────────────────────────────────────────
+
+    def append(self, judgement: Judgement) -> str | None:
+        """Add it to the history; why that is not possible, in words."""
+        line = judgement.model_dump_json() + "\n"
+        try:
+            self._turn_over()
+            self.history_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.history_file.open("ab+") as file:
+                if _is_torn(file.tell(), self.history_file):
+                    file.write(b"\n")
+                file.write(line.encode())
+        except OSError as error:
+            return f"the history cannot be written: {_first_line(error)}"
+        return None
+
+    def history(self) -> Iterator[Judgement]:
+        """Oldest first. Lines that are torn, or of another format, are left out."""
+        for path in (self._older_file, self.history_file):
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
+                for line in file:
+                    try:
+                        yield Judgement.model_validate_json(line)
+                    except ValueError:
+                        continue
+
+    @property
+    def _older_file(self) -> Path:
+        return self._folder / "judgements.older.jsonl"
+
+    def _turn_over(self) -> None:
+        if self.history_file.exists() and self.history_file.stat().st_size > _MOST_HISTORY_BYTES:
+            self.history_file.replace(self._older_file)
+
+
+def _is_torn(size: int, path: Path) -> bool:
+    """Whether the last line has no end."""
+    if size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _file_name(label: str) -> str:
+    return label if _PLAIN_NAME.fullmatch(label) else digest_of(label)[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Response
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from open_autoglm.schemas import Canary
 from open_autoglm.serving.fleet import Fleet
@@ -40,6 +40,12 @@ def admin_routes(fleet: Fleet) -> APIRouter:
     async def show() -> Json:
         """Who answers, and what has changed."""
         return fleet_status(fleet)
+
+    @router.get("/history")
+    async def history(begin: AwareDatetime, end: AwareDatetime) -> Response:
+        """The series from ``begin`` to ``end``: as they were each minute of the last day, and are now."""
+        found = fleet.history.between(begin.timestamp(), end.timestamp())
+        return Response(found.model_dump_json(), media_type="application/json")
 
     @router.post("/swap")
     async def swap(body: SwapRequest) -> Json:

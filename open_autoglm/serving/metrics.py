@@ -8,11 +8,13 @@ champion; dashboards that know the model's name only add them up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
+
+from open_autoglm.hardware import read_memory
 
 Role = Literal["champion", "challenger"]
 
@@ -21,6 +23,14 @@ _TOKEN_SECONDS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.0
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 _LABELS = ("model_name", "model_version", "bundle_digest", "role")
 _DIGEST_CHARACTERS = 12
+
+
+class Figure(NamedTuple):
+    """One series at one moment."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
 
 
 def _with(bounds: Iterable[float], limits: Iterable[float]) -> tuple[float, ...]:
@@ -38,6 +48,15 @@ class Board:
         self._make_times()
         self._make_counts()
         self._make_state()
+        # When the counters were zero: without it, one that is soon as high as before a restart hides it.
+        ProcessCollector(registry=self.registry)
+        self._memory_limit = Gauge(
+            "autoglm_memory_limit_bytes",
+            "Of the host, or of the tightest cgroup",
+            ("model_name",),
+            registry=self.registry,
+        )
+        self._memory_limit.labels(model_name).set(read_memory()[0])
 
     def of(self, version: str, digest: str, role: Role) -> Metrics:
         """The series of one version in one role; its gauges are shown from now on."""
@@ -45,6 +64,13 @@ class Board:
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
+
+    def figures(self) -> Iterator[Figure]:
+        """All series of versions, as they are now."""
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if "role" in sample.labels:
+                    yield Figure(sample.name, sample.labels, sample.value)
 
     def _make_times(self) -> None:
         def histogram(name: str, told: str, bounds: Iterable[float]) -> Histogram:

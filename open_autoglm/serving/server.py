@@ -117,7 +117,9 @@ async def serve(
         certificate=options.tls.certificate.absolute() if options.tls else None,
     )
     try:
-        with announced(options.home, listener.getsockname()[1], here):
+        # Elsewhere than on loopback, /metrics asks for a key that Prometheus has to be given by hand.
+        scraped = _on_loopback(listener) or not options.access.keys
+        with announced(options.home, listener.getsockname()[1], here, scraped=scraped):
             async with (
                 _running(fleet.history.run(), "its history is not kept any more"),
                 _running(follower.run() if follower else None, "the registry is not followed any more"),

@@ -19,6 +19,7 @@ import pytest
 import stack
 import yaml
 from conftest import REPOSITORY
+from endpoints import endpoint
 from fastapi.testclient import TestClient
 from grafana import dashboard
 from prometheus_server import free_port, needs_prometheus, wait_for

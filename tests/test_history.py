@@ -47,7 +47,7 @@ class Watched:
 
     def tape(self, begin_s: float, end_s: float) -> Tape | NoWindow:
         here = LocalEndpoint(url="http://here", pid=1, token="")
-        return endpoint._tape(here, self.recorder.between(begin_s, end_s))
+        return endpoint._tape(here, self.recorder.between(begin_s, end_s).history())
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     one.recorder = Recorder(one.board.figures, clock=lambda: one.time_s)
     for second in range(8):
         one.at(second)
-    assert one.recorder.between(BEGIN_S, BEGIN_S + 7).times_s[0] == BEGIN_S + 3
+    assert one.recorder.between(BEGIN_S, BEGIN_S + 7).history().times_s[0] == BEGIN_S + 3
     monkeypatch.setattr(history, "_MOST_VALUES", 1000)
     for version in range(20):
         show(one.board.of(str(version), DIGEST, "champion"))

@@ -27,6 +27,7 @@ from prometheus_server import free_port, needs_prometheus, wait_for
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.rules import slo_rules, write_slo
 from open_autoglm.schemas import Slo
+from open_autoglm.serving.local import LocalEndpoint, announced
 from open_autoglm.serving.metrics import Board
 from open_autoglm.settings import Settings
 
@@ -313,6 +314,24 @@ def test_what_is_not_installed_is_said_with_its_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="prometheus and prometheus-alertmanager cannot be found: apt-get"):
         monitoring.check_installed()
+
+
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [
+        ("http://127.0.0.1:8000", {"targets": ["127.0.0.1:8000"], "labels": {"__scheme__": "http"}}),
+        ("https://[::1]:8000", {"targets": ["[::1]:8000"], "labels": {"__scheme__": "https"}}),
+    ],
+)
+def test_a_server_says_where_it_can_be_scraped(tmp_path: Path, url: str, target: dict[str, Any]) -> None:
+    """For as long as it runs, and if Prometheus needs no key for it."""
+    path = tmp_path / "prometheus" / "targets" / "8000.json"
+    here = LocalEndpoint(url=url, pid=1, token="secret")
+    with announced(tmp_path, 8000, here, scraped=True):
+        assert json.loads(path.read_text()) == [target]
+    assert not path.exists()
+    with announced(tmp_path, 8000, here, scraped=False):
+        assert not path.exists()
 
 
 def hasten(folder: Path) -> None:

@@ -18,6 +18,7 @@ from open_autoglm.monitoring.endpoint import LocalEndpoints
 from open_autoglm.monitoring.prometheus import Prometheus
 from open_autoglm.monitoring.windows import NoWindow, Source, window
 from open_autoglm.schemas import LatencyWindow
+from open_autoglm.serving.local import local_endpoints
 
 NAME = "tiny"
 TOKENS = 5
@@ -39,6 +40,18 @@ def counted(source: Source, begin: datetime) -> LatencyWindow:
     found = seen(source, begin)
     assert isinstance(found, LatencyWindow), found
     return found
+
+
+def check_that_a_history_is_for_administrators(server: Endpoint) -> None:
+    """And its moments have to be said."""
+    (here,) = local_endpoints(server.home)
+    key = {"Authorization": f"Bearer {here.token}"}
+    url, day = f"{server.url}/admin/history", {"begin": "2026-01-01T00:00:00Z", "end": "2026-01-02T00:00:00Z"}
+    assert httpx.get(url, params=day).status_code == 401
+    assert httpx.get(url, params=day, headers=key).json()["times_s"] == []
+    for wrong in ({}, day | {"end": "2026-01-02T00:00:00"}, day | {"begin": "yesterday"}):
+        refused = httpx.get(url, params=wrong, headers=key)
+        assert (refused.status_code, bool(refused.json()["error"]["param"])) == (400, True)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +118,7 @@ def test_what_was_sent_is_what_a_window_has(
         assert both.times_ms["ttft"].count == both.times_ms["e2e"].count == 8
         assert (both.restarts, last.restarts) == (1, 0)
         assert last.requests == 5
+        check_that_a_history_is_for_administrators(server)
         assert last.begin > again
 
 

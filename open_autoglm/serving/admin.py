@@ -44,8 +44,9 @@ def admin_routes(fleet: Fleet) -> APIRouter:
     @router.get("/history")
     async def history(begin: AwareDatetime, end: AwareDatetime) -> Response:
         """The series from ``begin`` to ``end``: as they were each minute of the last day, and are now."""
-        found = fleet.history.between(begin.timestamp(), end.timestamp())
-        return Response(found.model_dump_json(), media_type="application/json")
+        recording = fleet.history.between(begin.timestamp(), end.timestamp())
+        body = await asyncio.to_thread(lambda: recording.history().model_dump_json())
+        return Response(body, media_type="application/json")
 
     @router.post("/swap")
     async def swap(body: SwapRequest) -> Json:

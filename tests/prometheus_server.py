@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -66,3 +67,21 @@ def prometheus(folder: Path, configuration: Path) -> Iterator[str]:
     )
     with running(folder, f"{url}/-/ready", *command):
         yield url
+
+
+def sample(name: str, labels: Mapping[str, str], value: float, time_s: float) -> str:
+    told = ",".join(f"{label}={json.dumps(text)}" for label, text in labels.items())
+    return f"{name}{{{told}}} {value} {time_s:.3f}"
+
+
+def store(folder: Path, samples: Iterable[str]) -> Path:
+    """A data directory of Prometheus that holds these, and a configuration that scrapes nobody."""
+    folder.mkdir()
+    text = folder / "samples.txt"
+    text.write_text("\n".join([*samples, "# EOF", ""]))
+    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(text), str(folder / "data")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    configuration = folder / "prometheus.yml"
+    configuration.write_text("{}")
+    return configuration

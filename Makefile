@@ -13,7 +13,7 @@ WHEELS := $(AUTOGLM_HOME)/wheels
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
-.PHONY: clients help demo up down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation bench-serve bench-soak bench-watch llama-server peers
+.PHONY: clients help demo up up-monitoring down venv setup-gpu pack-wheels unpack-wheels llamacpp test check fmt clean bench bench-trust bench-processes bench-parallel bench-race bench-peers bench-growth carry-gpu bench-export bench-gpu bench-speculation bench-serve bench-soak bench-watch llama-server peers
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,10 @@ demo: $(READY) ## Optimise a small real GLM from start to end; leaves the server
 up: $(READY) ## Start Prefect, MLflow and a worker on this machine, and deploy prefect.yaml
 	@$(BIN)/python infra/stack.py up
 
-down: $(READY) ## Stop what `make up` or `make demo` started
+up-monitoring: $(READY) ## Start Prometheus, Alertmanager and the bridge to Prefect beside it (needs Debian's binaries)
+	@$(BIN)/python infra/stack.py up-monitoring
+
+down: $(READY) ## Stop what `make up`, `make up-monitoring` or `make demo` started
 	@$(BIN)/python infra/stack.py down
 
 venv: $(READY) ## Create .venv, or renew it if the pins have changed (about 2 minutes, 2.6 GB)

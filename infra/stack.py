@@ -1,8 +1,9 @@
 """The local stack: Prefect's server, MLflow's server and one worker, all on loopback.
 
-    python infra/stack.py up | down | status
+    python infra/stack.py up | up-monitoring | slo | down | status
 
-State is kept under ``$AUTOGLM_HOME``; ports are ``AUTOGLM_PREFECT_PORT`` and ``AUTOGLM_MLFLOW_PORT``.
+State is kept under ``$AUTOGLM_HOME``; ports are ``AUTOGLM_PREFECT_PORT`` and ``AUTOGLM_MLFLOW_PORT``, and of
+the monitoring ``AUTOGLM_PROMETHEUS_PORT``, ``AUTOGLM_ALERTMANAGER_PORT`` and ``AUTOGLM_ALERT_BRIDGE_PORT``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import monitoring
 import psutil
 from processes import HOST, Processes, Service
 
 from open_autoglm.cli.prefect_server import is_up
 from open_autoglm.errors import UserError
+from open_autoglm.monitoring.rules import write_slo
 from open_autoglm.progress import LOGGER
+from open_autoglm.schemas import Slo
 from open_autoglm.settings import Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -142,7 +146,7 @@ def ask_prefect(settings: Settings, path: str, body: Mapping[str, Any]) -> Any:
 
 @click.group()
 def cli() -> None:
-    """Prefect's server, MLflow's server and one worker, on this machine only."""
+    """Prefect's server, MLflow's server and one worker, on this machine only; Prometheus if it is wanted."""
 
 
 @cli.command()
@@ -160,24 +164,53 @@ def up() -> None:
     log.info("Start a study: %s/deployments, then Run. make down stops all this.", settings.prefect_url)
 
 
+@cli.command("up-monitoring")
+def up_monitoring() -> None:
+    """Start Prometheus, Alertmanager and the bridge from it to Prefect; the endpoints here are scraped."""
+    settings = Settings()
+    monitoring.check_installed()
+    processes = Processes(settings.home, PROJECT, environment(settings))
+    with processes.alone():
+        monitoring.write_configuration(settings)
+        monitoring.read_again(processes, settings)
+        bring_up(processes, monitoring.services(settings))
+
+
+@cli.command()
+@click.argument("service")
+@click.option("--ttft-p95-ms", type=click.FloatRange(0, min_open=True))
+@click.option("--tpot-p95-ms", type=click.FloatRange(0, min_open=True))
+@click.option("--e2e-p95-ms", type=click.FloatRange(0, min_open=True))
+@click.option("--error-fraction", type=click.FloatRange(0, 1), default=0.01, show_default=True)
+def slo(service: str, **promised: float | None) -> None:
+    """Tell Prometheus what was promised of SERVICE, a model's public name."""
+    settings = Settings()
+    path = write_slo(settings.home, service, Slo.model_validate(promised))
+    monitoring.read_again(Processes(settings.home, PROJECT, environment(settings)), settings)
+    log.info("%s is compared with %s", service, path)
+
+
 def bring_up(processes: Processes, wanted: Sequence[Service]) -> None:
     """Start services side by side and wait for all of them."""
     for service in wanted:
         processes.start(service)
     for service in wanted:
         processes.wait_until_healthy(service)
-        log.info("%-8s is up: %s", service.name, service.address)
+        log.info("%-12s is up: %s", service.name, service.address)
 
 
 @cli.command()
 def down() -> None:
-    """Stop the worker and its study, then the servers."""
+    """Stop the monitoring, the worker and its study, then the servers."""
     settings = Settings()
     processes = Processes(settings.home, PROJECT, environment(settings))
     with processes.alone():
+        for service in monitoring.services(settings):
+            if processes.stop(service):
+                log.info("%-12s is down", service.name)
         for service in reversed(services(settings)):
             was_up = processes.stop(service)
-            log.info("%-8s %s", service.name, "is down" if was_up else "was not up")
+            log.info("%-12s %s", service.name, "is down" if was_up else "was not up")
 
 
 @cli.command()
@@ -185,9 +218,10 @@ def status() -> None:
     """Say what runs; exit code 1 unless all of it works."""
     settings = Settings()
     processes = Processes(settings.home, PROJECT, environment(settings))
-    states = {service: processes.state(service) for service in services(settings)}
+    watching = [service for service in monitoring.services(settings) if processes.find(service)]
+    states = {service: processes.state(service) for service in (*services(settings), *watching)}
     for service, state in states.items():
-        log.info("%-8s %-15s %s", service.name, state, service.address)
+        log.info("%-12s %-15s %s", service.name, state, service.address)
     sys.exit(0 if set(states.values()) == {"up"} else 1)
 
 

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     tracking_uri: str = Field("", description="MLflow; SQLite inside `home` if empty")
     prefect_port: int = Field(4200, ge=1, le=65535)
     mlflow_port: int = Field(5000, ge=1, le=65535)
+    prometheus_port: int = Field(9190, ge=1, le=65535, description="of `make up-monitoring`, not Debian's")
+    alertmanager_port: int = Field(9193, ge=1, le=65535)
+    alert_bridge_port: int = Field(9195, ge=1, le=65535)
     trial_timeout_s: float = Field(1800, gt=0, description="limit for one child process")
     trial_reuse_hours: float = Field(24, ge=0, description="a resumed study keeps trials younger than this")
     api_keys: SecretStr = Field(SecretStr(""), description="of an endpoint's callers, separated by commas")
@@ -89,3 +92,7 @@ class Settings(BaseSettings):
     @property
     def mlflow_url(self) -> str:
         return f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def prometheus_url(self) -> str:
+        return f"http://127.0.0.1:{self.prometheus_port}"

@@ -1,1 +1,1 @@
-"""Whether what is served still is as fast as when it was chosen, and as fast as was promised."""
+"""Watching what is served: what happened in a window, whether it keeps the promise, and why not."""

@@ -59,6 +59,7 @@ from open_autoglm.schemas.facts import (
     PhaseCost,
     RooflineBound,
 )
+from open_autoglm.schemas.history import History, HistorySeries
 from open_autoglm.schemas.ladder import Outcome, OutcomeKind, Reoptimization, Rung
 from open_autoglm.schemas.registry import Alias, Aliases, Canary, Event, EventKind, EventState
 from open_autoglm.schemas.request import OptimizeSpec
@@ -128,6 +129,8 @@ __all__ = [
     "Hardware",
     "HeadPruning",
     "Histogram",
+    "History",
+    "HistorySeries",
     "Incumbent",
     "Judgement",
     "Knob",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Response
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from open_autoglm.schemas import Canary, Model
 from open_autoglm.serving.contest import ContestStatus
@@ -61,6 +61,13 @@ def admin_routes(fleet: Fleet) -> APIRouter:
     async def show() -> FleetStatus:
         """Who answers, and what has changed."""
         return fleet_status(fleet)
+
+    @router.get("/history")
+    async def history(begin: AwareDatetime, end: AwareDatetime) -> Response:
+        """The series from ``begin`` to ``end``: as they were each minute of the last day, and are now."""
+        recording = fleet.history.between(begin.timestamp(), end.timestamp())
+        body = await asyncio.to_thread(lambda: recording.history().model_dump_json())
+        return Response(body, media_type="application/json")
 
     @router.post("/swap", responses=ADMIN_BODY)
     async def swap(body: SwapRequest) -> FleetStatus:

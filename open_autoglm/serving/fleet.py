@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +24,10 @@ from open_autoglm.serving.contest import Contest
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.errors import Rejected
 from open_autoglm.serving.exam import Check, Exam, examine
+from open_autoglm.serving.history import Recorder
 from open_autoglm.serving.judge import Policy, Verdict
 from open_autoglm.serving.messages import EngineOptions
-from open_autoglm.serving.metrics import Board, Role
+from open_autoglm.serving.metrics import Board, Figure, Role
 from open_autoglm.serving.service import Service, ServiceOptions, start_service
 from open_autoglm.serving.source import Source
 
@@ -114,6 +115,7 @@ class Fleet:
         self._board = board
         self._policy = policy or Policy()
         self._examine = examine
+        self.history = Recorder(self._figures)
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self._give_role(champion, "champion")
@@ -136,10 +138,18 @@ class Fleet:
 
     def exposition(self) -> bytes:
         """What Prometheus reads, as things are now."""
+        self._show()
+        return self._board.exposition()
+
+    def _figures(self) -> Iterator[Figure]:
+        """The same, of versions alone, for the history."""
+        self._show()
+        return self._board.figures()
+
+    def _show(self) -> None:
         for service in (self.champion, self.challenger):
             if service is not None:
                 service.show()
-        return self._board.exposition()
 
     # ── changes ──────────────────────────────────────────────────────────────────────────────────
 

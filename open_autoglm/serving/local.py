@@ -1,12 +1,14 @@
 """How commands of the same user on the same machine find a running server and may administer it.
 
 Each server leaves a file ``endpoints/PORT.json`` under the home directory, which only its owner can read: the
-address, the process, and an admin key that was made for this run.
+address, the process, and an admin key that was made for this run. Another, ``prometheus/targets/PORT.json``,
+lets Prometheus find it (``file_sd_config``). A server that is killed leaves both: Prometheus sees it is down.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -34,15 +36,23 @@ def _path(home: Path, port: int) -> Path:
 
 
 @contextlib.contextmanager
-def announced(home: Path, port: int, endpoint: LocalEndpoint) -> Iterator[None]:
-    """Leave the file for the length of the block."""
-    path = _path(home, port)
+def announced(home: Path, port: int, endpoint: LocalEndpoint, *, scraped: bool = False) -> Iterator[None]:
+    """Leave the file for the length of the block; the one for Prometheus if it may be ``scraped``."""
+    path, target = _path(home, port), home / "prometheus" / "targets" / f"{port}.json"
     write_atomic(path, endpoint.model_dump_json(indent=1), mode=0o600)
+    if scraped:
+        write_atomic(target, _target(endpoint.url))
     try:
         yield
     finally:
         if _read(path) == endpoint:  # and not one that took the port meanwhile
             path.unlink()
+            target.unlink(missing_ok=True)
+
+
+def _target(url: str) -> str:
+    scheme, _, address = url.partition("://")
+    return json.dumps([{"targets": [address], "labels": {"__scheme__": scheme}}])
 
 
 def local_endpoints(home: Path) -> tuple[LocalEndpoint, ...]:

@@ -8,12 +8,13 @@ champion; dashboards that know the model's name only add them up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
+from open_autoglm.hardware import read_memory
 from open_autoglm.schemas import Slo
 
 Role = Literal["champion", "challenger"]
@@ -28,6 +29,14 @@ _PHASE_SECONDS = (
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 _LABELS = ("model_name", "model_version", "bundle_digest", "role")
 _DIGEST_CHARACTERS = 12
+
+
+class Figure(NamedTuple):
+    """One series at one moment."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
 
 
 def _with(bounds: Iterable[float], limit_ms: float | None) -> tuple[float, ...]:
@@ -45,6 +54,15 @@ class Board:
         self._make_phases()
         self._make_counts()
         self._make_state()
+        # When the counters were zero: without it, one that is soon as high as before a restart hides it.
+        ProcessCollector(registry=self.registry)
+        self._memory_limit = Gauge(
+            "autoglm_memory_limit_bytes",
+            "Of the host, or of the tightest cgroup",
+            ("model_name",),
+            registry=self.registry,
+        )
+        self._memory_limit.labels(model_name).set(read_memory()[0])
 
     def of(self, version: str, digest: str, role: Role) -> Metrics:
         """The series of one version in one role; its gauges are shown from now on."""
@@ -55,6 +73,13 @@ class Board:
 
     def _times(self, name: str, told: str, bounds: Sequence[float]) -> Histogram:
         return Histogram(name, told, _LABELS, registry=self.registry, buckets=bounds)
+
+    def figures(self) -> Iterator[Figure]:
+        """All series of versions, as they are now."""
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if "role" in sample.labels:
+                    yield Figure(sample.name, sample.labels, sample.value)
 
     def _make_times(self, slo: Slo) -> None:
         ttft, tpot = _with(_SECONDS, slo.ttft_p95_ms), _with(_TOKEN_SECONDS, slo.tpot_p95_ms)

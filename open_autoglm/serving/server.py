@@ -11,8 +11,10 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from prometheus_client import disable_created_metrics
@@ -121,8 +123,13 @@ async def serve(
         certificate=options.tls.certificate.absolute() if options.tls else None,
     )
     try:
-        with announced(options.home, listener.getsockname()[1], here):
-            async with _running(follower):
+        # Elsewhere than on loopback, /metrics asks for a key that Prometheus has to be given by hand.
+        scraped = _on_loopback(listener) or not options.access.keys
+        with announced(options.home, listener.getsockname()[1], here, scraped=scraped):
+            async with (
+                _running(fleet.history.run(), "its history is not kept any more"),
+                _running(follower.run() if follower else None, "the registry is not followed any more"),
+            ):
                 await server.serve(sockets=[listener])
     finally:
         await fleet.close()
@@ -145,13 +152,16 @@ def _follower(source: Source, fleet: Fleet, settings: Settings) -> Follower:
 
 
 @contextlib.asynccontextmanager
-async def _running(follower: Follower | None) -> AsyncIterator[None]:
-    """Let it follow for the length of the block; a bug in it ends the following and not the serving."""
-    if follower is None:
+async def _running(work: Coroutine[Any, Any, None] | None, without: str) -> AsyncIterator[None]:
+    """Let it work for the length of the block; a bug in it ends that and not the serving.
+
+    ``without``: what is said then.
+    """
+    if work is None:
         yield
         return
-    task = asyncio.create_task(follower.run())
-    task.add_done_callback(_tell_why)
+    task = asyncio.create_task(work)
+    task.add_done_callback(partial(_tell_why, without))
     try:
         yield
     finally:
@@ -160,9 +170,9 @@ async def _running(follower: Follower | None) -> AsyncIterator[None]:
             await asyncio.wait([task])
 
 
-def _tell_why(task: asyncio.Task[None]) -> None:
+def _tell_why(without: str, task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        _LOGGER.error("the registry is not followed any more", exc_info=error)
+        _LOGGER.error(without, exc_info=error)
 
 
 def _guarded(options: ServerOptions, app: App, fleet: Fleet, listener: socket.socket, token: str) -> App:

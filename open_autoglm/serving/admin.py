@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from open_autoglm.schemas import Canary
 from open_autoglm.serving.fleet import Fleet
+from open_autoglm.serving.probe import probe
 from open_autoglm.serving.service import Service
 from open_autoglm.serving.source import Source, find_source
 from open_autoglm.settings import Settings
@@ -32,9 +33,18 @@ class ChallengerRequest(SwapRequest):
     shadow_percent: float = Field(0, ge=0, le=100, description="of the prompts, replayed beside the traffic")
 
 
+class ProbeRequest(BaseModel):
+    """Body of ``/admin/probe``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    seconds: float = Field(30, ge=0.1, le=120, description="the answer comes after so long")
+
+
 def admin_routes(fleet: Fleet) -> APIRouter:
     """Under ``/admin``; whoever may call it is decided in front."""
     router = APIRouter(prefix="/admin", tags=["admin"])
+    probing = asyncio.Lock()
 
     @router.get("/fleet")
     async def show() -> Json:
@@ -65,6 +75,16 @@ def admin_routes(fleet: Fleet) -> APIRouter:
         """Give the challenger's callers back to the champion."""
         await fleet.drop_challenger("an administrator said so")
         return fleet_status(fleet)
+
+    @router.post("/probe")
+    async def examine(body: ProbeRequest) -> Json:
+        """What the bundle's own requests take now, while nobody else is answered, and what the host does
+        meanwhile; 409 while another probe is under way."""
+        if probing.locked():
+            raise HTTPException(409, "another probe is under way")
+        async with probing:
+            found = await probe(fleet, body.seconds)
+        return found.model_dump(mode="json")
 
     return router
 

@@ -1,8 +1,8 @@
 """How often the right cause is named, where it is known: ``python -m benchmarks.watch_causes``.
 
 An endpoint is simulated call by call: requests arrive at random, wait for a slot, are read in pieces and
-written in batches whose calls take longer the more rows and the longer texts they have. Nothing of it knows how
-the cause is found. Each repeat is a window in good times with its probe, then one in which something has
+written in batches whose calls take longer the more rows and the longer texts they have. Nothing of it knows
+how the cause is found. Each repeat is a window in good times with its probe, then one in which something has
 changed; only breaches count (a p95 over 1.3 times the healthy one), since nobody asks about others. From
 window to window everything differs by several percent besides, and so do two probes.
 """
@@ -46,6 +46,9 @@ SLOTS, QUEUE, CHUNK_TOKENS = 4, 24, 128
 GOLDEN_PROMPT_TOKENS, GOLDEN_OUTPUT_TOKENS = 128, 16
 
 
+_QUIET = Conditions(foreign_cores=0.0)
+
+
 @dataclass(frozen=True)
 class World:
     """How things are; the defaults are good times, at about 40 % of what the endpoint can do."""
@@ -60,7 +63,7 @@ class World:
     write_factor: float = 1.0
     slow_until_s: float = math.inf
     """From then on the engine is as fast as ever."""
-    conditions: Conditions = Conditions(foreign_cores=0.0)
+    conditions: Conditions = _QUIET
     clock_mhz: float = 3000.0
     throttled_share: float = 0.0
     memory_pressure_share: float = 0.0
@@ -222,9 +225,8 @@ def probe_of(world: World, traffic: Traffic, random: np.random.Generator) -> End
     bias = math.exp(random.normal(0, 0.04))
     read_ms = bias * (4 + 0.5 * GOLDEN_PROMPT_TOKENS) * (world.read_factor if slow else 1)
     write_ms = bias * 26 * (world.write_factor if slow else 1)
-    one_s = 1e-3 * (read_ms + (GOLDEN_OUTPUT_TOKENS - 1) * write_ms)
-    count = min(max(sum(int(gap_s / one_s) for gap_s in traffic.gaps_s) - 1, 0), 25)
-    noise = np.exp(random.normal(0, 0.03, (2, count)))
+    read, written = _golden_counts(traffic.gaps_s, 1e-3 * read_ms, 1e-3 * write_ms)
+    noise = np.exp(random.normal(0, 0.03, (2, 25)))
     seen = world.conditions
     foreign = seen.foreign_cores + random.uniform(0, 0.04)
     return EndpointProbe(
@@ -233,8 +235,8 @@ def probe_of(world: World, traffic: Traffic, random: np.random.Generator) -> End
         golden=GoldenTimes(
             prompt_tokens=GOLDEN_PROMPT_TOKENS,
             output_tokens=GOLDEN_OUTPUT_TOKENS,
-            ttft_ms=tuple((read_ms * noise[0]).tolist()),
-            tpot_ms=tuple((write_ms * noise[1]).tolist()),
+            ttft_ms=tuple((read_ms * noise[0, :read]).tolist()),
+            tpot_ms=tuple((write_ms * noise[1, :written]).tolist()),
             busy_share=1 - min(sum(traffic.gaps_s) / PROBE_S, 1),
         ),
         host=HostProbe(
@@ -249,6 +251,17 @@ def probe_of(world: World, traffic: Traffic, random: np.random.Generator) -> End
         ),
         settings={"kernel": world.kernel},
     )
+
+
+def _golden_counts(gaps_s: Sequence[float], read_s: float, write_s: float) -> tuple[int, int]:
+    """How many golden requests were read, and how many wrote two tokens more, before somebody came."""
+    one_s = read_s + (GOLDEN_OUTPUT_TOKENS - 1) * write_s
+    read = written = 0
+    for gap_s in gaps_s:
+        rest_s = gap_s % one_s
+        read += int(gap_s / one_s) + (rest_s > read_s)
+        written += int(gap_s / one_s) + (rest_s > read_s + 2 * write_s)
+    return min(max(read - 1, 0), 25), min(max(written - 1, 0), 25)  # the first is not counted
 
 
 # ── what may happen ──────────────────────────────────────────────────────────────────────────────
@@ -434,7 +447,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(repeats: int, seed: int, workers: int) -> None:
     with ProcessPoolExecutor(workers) as pool:
         rows = list(pool.map(partial(run_row, repeats=repeats, seed=seed), SCENARIOS))
-    print(table(rows))
+    click.echo(table(rows))
     content = [{"scenario": row.scenario, "cause": row.cause, "named": dict(row.named)} for row in rows]
     RESULT.write_text(json.dumps({"repeats": repeats, "seed": seed, "rows": content}, indent=1) + "\n")
 

@@ -27,6 +27,7 @@ from open_autoglm.monitoring.decomposition import (
     decompose,
     figures_of,
     load_growth,
+    slowness_by_load,
 )
 from open_autoglm.monitoring.signs import Sign, signs_of
 from open_autoglm.schemas import Cause, CauseKind, EndpointProbe, GoldenTimes, LatencyWindow, Model, Stage
@@ -116,6 +117,13 @@ class GoldenRatios(NamedTuple):
     ttft: Ratio
     tpot: Ratio | None
     tolerance: float
+    same_host: bool
+    """Both were taken by a probe."""
+
+    @property
+    def tells(self) -> bool:
+        """The study's figures can show that the engine is slower, but not that it is not."""
+        return self.same_host or self.speed != Speed()
 
     @property
     def speed(self) -> Speed:
@@ -138,6 +146,7 @@ def golden_ratios(
         ttft=_ratio(now.ttft_ms, then.ttft_ms),
         tpot=_ratio(now.tpot_ms, then.tpot_ms) if has_tpot else None,
         tolerance=tolerance,
+        same_host=baseline.source == "probe",
     )
 
 
@@ -152,7 +161,7 @@ def _ratio(now_ms: Sequence[float], then_ms: Sequence[float]) -> Ratio:
 
 # ── the case ─────────────────────────────────────────────────────────────────────────────────────
 
-_SpeedFrom = Literal["golden requests", "elimination", "signs on the host", "not known"]
+_SpeedFrom = Literal["golden requests", "load", "signs on the host", "not known"]
 
 
 class _Case:
@@ -187,18 +196,23 @@ class _Case:
             max(1.0, self.now.read_ms_per_token / self.before.read_ms_per_token),
             max(1.0, self.now.write_ms_per_token / self.before.write_ms_per_token),
         )
-        if self.golden is not None:
+        if self.golden is not None and self.golden.tells:
             return _lesser(self.golden.speed, slower), "golden requests"
-        if self._traffic_grew():
-            return Speed(), "not known"
-        asked = self.probe.golden
-        if asked is not None and self.baseline is not None and asked.busy_share > self.policy.busy_share:
-            # No more is asked of it, and yet it is never done: then the same work takes longer.
-            return slower, "elimination"
-        if self.signs:
+        if self._never_alone():
+            ratio = slowness_by_load(self.before, self.now)
+            ratio = ratio if math.log(ratio) > self.floor else 1.0
+            return _lesser(Speed(ratio, ratio), slower), "load"
+        if self.signs and not self._traffic_grew():
             most = math.prod(sign.factor for sign in self.signs)
             return _lesser(Speed(most, most), slower), "signs on the host"
         return Speed(), "not known"
+
+    def _never_alone(self) -> bool:
+        """Whether clients kept the probe from timing enough golden requests."""
+        golden, policy = self.probe.golden, self.policy
+        if golden is None or len(golden.ttft_ms) >= policy.golden_samples:
+            return False
+        return golden.busy_share > policy.busy_share
 
     def _traffic_grew(self) -> bool:
         growth = load_growth(self.before, self.now, Speed())
@@ -283,7 +297,7 @@ class _Case:
             )
         if kind == "mix":
             return (
-                f"a request has {now.read_tokens:.0f} tokens to read instead of {before.read_tokens:.0f}, and "
+                f"a request has {now.read_tokens:.0f} tokens to read instead of {before.read_tokens:.0f} and "
                 f"{now.written_tokens:.0f} to write after the first instead of {before.written_tokens:.0f}"
             )
         if kind == "environment":
@@ -291,8 +305,9 @@ class _Case:
         return f"{self._slower_words()}, and the host does not explain it"
 
     def _slower_words(self) -> str:
-        if self.golden is None:
-            return "no more is asked of it, and yet it is never done"
+        if self.golden is None or not self.golden.tells:
+            load = f"{self.now.load:.0%} instead of {self.before.load:.0%}"
+            return f"it is never alone, and its load ({load}) is more than arrivals and lengths explain"
         slowest = max(self.golden.ttft, self.golden.tpot or self.golden.ttft)
         return (
             f"alone it takes {slowest.middle:.2f} times as long for the golden requests "

@@ -16,6 +16,12 @@ Company and queue have no cause of their own. They grow with the offered load,
     load  =  arrivals per second  ×  work of a request  ×  time the engine needs for that work
 
 which is a product again, so what they cost is shared out among its factors by their logarithms.
+
+An endpoint so busy that it is never alone cannot be timed alone. Then the load itself tells: of requests that
+share one server there are ``load / (1 - load)`` at a time on the mean, however long each is (Kleinrock,
+*Queueing Systems* II, 1976, 4.4), and there are arrivals per second times seconds of an answer (Little). From
+the loads of both windows, arrivals and work, the third factor follows. Calls that answer several requests at
+once are cheaper than one call for each; so this finds rather too little slowness than too much.
 """
 
 from __future__ import annotations
@@ -50,6 +56,12 @@ class Figures(NamedTuple):
     @property
     def e2e_ms(self) -> float:
         return self.queue_ms + self.read_ms + self.write_ms
+
+    @property
+    def load(self) -> float:
+        """Of the requests at a time, by sharing: from 0 to 1."""
+        present = self.arrivals_per_s * self.e2e_ms / 1000
+        return present / (1 + present)
 
     @property
     def read_ms_per_token(self) -> float:
@@ -148,6 +160,13 @@ def load_growth(before: Figures, now: Figures, speed: Speed) -> dict[Driver, flo
         "mix": math.log(work / (before.read_ms + before.write_ms)),
         "speed": math.log((reading * speed.read + writing * speed.write) / work),
     }
+
+
+def slowness_by_load(before: Figures, now: Figures) -> float:
+    """How many times as long the engine takes, as far as arrivals and mix do not explain the load; at least 1."""
+    growth = load_growth(before, now, Speed())
+    expected = before.load * math.exp(growth["arrivals"] + growth["mix"])
+    return max(1.0, now.load / expected)
 
 
 def chance_of_growth(before: Figures, now: Figures) -> float:

@@ -1,4 +1,4 @@
-"""The golden workload of a bundle: requests like those it was chosen by, and what its study says they take."""
+"""A bundle's golden workload: requests like those it was chosen by, and what its study says they take."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from open_autoglm.hardware import cgroups, usable_cores
 from open_autoglm.measure.environment import host_environment
@@ -167,7 +167,10 @@ def _throttled_share(
     return max(shares, default=None)
 
 
-def _more[Number: (int, float)](now: Number | None, then: Number | None) -> Number | None:
+_Number = TypeVar("_Number", int, float)
+
+
+def _more(now: _Number | None, then: _Number | None) -> _Number | None:
     return None if now is None or then is None else now - then
 
 

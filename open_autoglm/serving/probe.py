@@ -1,8 +1,8 @@
-"""The endpoint's half minute of self-examination: the golden requests on the champion, and the host beside it.
+"""The endpoint looks at itself for half a minute: the golden requests on the champion, and the host beside it.
 
 Clients come first. A golden request begins only while nobody is answered, and is given up when somebody
-comes; at worst a client waits until the engine has read the golden prompt. So every time that is reported is
-of the engine alone.
+comes; at worst a client waits until the engine has read the golden prompt. What was answered until then
+counts. So every time that is reported is of the engine alone.
 """
 
 from __future__ import annotations
@@ -99,12 +99,16 @@ class _Golden:
 
     async def _ask_one(self, prompt: tuple[int, ...]) -> None:
         begin_s = time.monotonic()
+        output_tokens = self._shape.output_tokens
         try:
-            output_tokens = self._shape.output_tokens
-            self._answers.append(await replay(self._service, prompt, output_tokens, unless=self._in_company))
-        except GaveWay:
+            answer = await replay(self._service, prompt, output_tokens, unless=self._in_company)
+        except GaveWay as given_up:
             self._gave_way += 1
             self._busy_s += time.monotonic() - begin_s
+            if given_up.until_then is None:
+                return
+            answer = given_up.until_then
+        self._answers.append(answer)
 
     async def _until_alone(self) -> None:
         if not self._in_company(running=0):

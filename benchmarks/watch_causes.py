@@ -426,7 +426,8 @@ class Row:
 
 def run_row(name: str, repeats: int, seed: int) -> Row:
     scenario = SCENARIOS[name]
-    found = (run_once(scenario, seed * 1_000_003 + repeat) for repeat in range(repeats))
+    first = (seed * len(SCENARIOS) + list(SCENARIOS).index(name)) * 1_000_003
+    found = (run_once(scenario, first + repeat) for repeat in range(repeats))
     return Row(name, scenario.cause, Counter(cause.kind for cause in found if cause is not None))
 
 

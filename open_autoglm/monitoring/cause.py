@@ -28,6 +28,7 @@ from open_autoglm.monitoring.decomposition import (
     figures_of,
     load_growth,
     slowness_by_load,
+    unexplained_growth,
 )
 from open_autoglm.monitoring.signs import Sign, signs_of
 from open_autoglm.schemas import Cause, CauseKind, EndpointProbe, GoldenTimes, LatencyWindow, Model, Stage
@@ -233,22 +234,22 @@ class _Case:
         }
 
     def _share_out_crowd(self, parts: Parts) -> dict[Driver, float]:
-        """What queue and company cost, by what made the offered load grow.
+        """What queue and company cost, by what made the load grow.
 
-        If nothing did, a longer queue is still load: the same number of requests came, but closer together.
-        Slower tokens are then nobody's.
+        What no factor explains is called load as far as requests waited, since then they came closer together;
+        tokens that only took longer are nobody's.
         """
         crowd_ms = parts.queue_ms + parts.company_ms
         shares: dict[Driver, float] = {"arrivals": 0.0, "mix": 0.0, "speed": 0.0}
+        if crowd_ms <= 0:
+            return shares | {"arrivals": crowd_ms}
         floors: dict[Driver, float] = {"arrivals": self.floor, "mix": self.floor, "speed": 0.0}
         rising = {driver: grown for driver, grown in self.growth.items() if grown > floors[driver]}
-        if crowd_ms <= 0:
-            shares["arrivals"] = crowd_ms
-        elif rising:
-            whole = sum(rising.values())
-            shares |= {driver: crowd_ms * grown / whole for driver, grown in rising.items()}
-        else:
-            shares["arrivals"] = min(max(parts.queue_ms, 0.0), crowd_ms)
+        rest = unexplained_growth(self.before, self.now, self.growth)
+        whole = sum(rising.values()) + (rest if rest > self.floor else 0.0)
+        shares |= {driver: crowd_ms * grown / whole for driver, grown in rising.items()}
+        waited_ms = min(max(parts.queue_ms, 0.0), crowd_ms)
+        shares["arrivals"] += waited_ms * (1 - sum(shares.values()) / crowd_ms)
         return shares
 
     def _share_of_host(self) -> float:

@@ -163,10 +163,14 @@ def load_growth(before: Figures, now: Figures, speed: Speed) -> dict[Driver, flo
 
 
 def slowness_by_load(before: Figures, now: Figures) -> float:
-    """How many times as long the engine takes, as far as arrivals and mix do not explain the load; at least 1."""
-    growth = load_growth(before, now, Speed())
-    expected = before.load * math.exp(growth["arrivals"] + growth["mix"])
-    return max(1.0, now.load / expected)
+    """How many times as long the engine takes, if it is that which arrivals and mix leave of the load; at
+    least 1."""
+    return math.exp(max(0.0, unexplained_growth(before, now, load_growth(before, now, Speed()))))
+
+
+def unexplained_growth(before: Figures, now: Figures, growth: Mapping[Driver, float]) -> float:
+    """The logarithm of how many times as large the load is as its factors make it."""
+    return math.log(now.load / before.load) - sum(growth.values())
 
 
 def chance_of_growth(before: Figures, now: Figures) -> float:

@@ -24,15 +24,16 @@ import click
 import numpy as np
 
 from open_autoglm.monitoring.cause import name_cause
+from open_autoglm.monitoring.golden import golden_times
 from open_autoglm.schemas import (
     Cause,
     CauseKind,
     Conditions,
     EndpointProbe,
-    GoldenTimes,
     Histogram,
     HostProbe,
     LatencyWindow,
+    RequestShape,
 )
 
 RESULT = Path(__file__).parent / "results" / "watch_causes.json"
@@ -43,7 +44,7 @@ _BOUNDS_MS = tuple(10 * 1.15**power for power in range(70))
 _BOUNDS_TOKENS = tuple(float(2**power) for power in range(16))
 
 SLOTS, QUEUE, CHUNK_TOKENS = 4, 24, 128
-GOLDEN_PROMPT_TOKENS, GOLDEN_OUTPUT_TOKENS = 128, 16
+_GOLDEN = RequestShape(batch_size=1, prompt_tokens=128, output_tokens=16)
 
 
 _QUIET = Conditions(foreign_cores=0.0)
@@ -223,7 +224,7 @@ def probe_of(world: World, traffic: Traffic, random: np.random.Generator) -> End
     """Golden requests in the gaps, and the host with a little of everything."""
     slow = world.slow_until_s > WINDOW_S
     bias = math.exp(random.normal(0, 0.04))
-    read_ms = bias * (4 + 0.5 * GOLDEN_PROMPT_TOKENS) * (world.read_factor if slow else 1)
+    read_ms = bias * (4 + 0.5 * _GOLDEN.prompt_tokens) * (world.read_factor if slow else 1)
     write_ms = bias * 26 * (world.write_factor if slow else 1)
     read, written = _golden_counts(traffic.gaps_s, 1e-3 * read_ms, 1e-3 * write_ms)
     noise = np.exp(random.normal(0, 0.03, (2, 25)))
@@ -232,11 +233,15 @@ def probe_of(world: World, traffic: Traffic, random: np.random.Generator) -> End
     return EndpointProbe(
         source="probe",
         bundle_digest="0" * 12,
-        golden=GoldenTimes(
-            prompt_tokens=GOLDEN_PROMPT_TOKENS,
-            output_tokens=GOLDEN_OUTPUT_TOKENS,
-            ttft_ms=tuple((read_ms * noise[0, :read]).tolist()),
-            tpot_ms=tuple((write_ms * noise[1, :written]).tolist()),
+        golden=golden_times(
+            _GOLDEN,
+            [
+                (
+                    read_ms * float(noise[0, number]),
+                    write_ms * float(noise[1, number]) if number < written else None,
+                )
+                for number in range(read)
+            ],
             busy_share=1 - min(sum(traffic.gaps_s) / PROBE_S, 1),
         ),
         host=HostProbe(
@@ -255,7 +260,7 @@ def probe_of(world: World, traffic: Traffic, random: np.random.Generator) -> End
 
 def _golden_counts(gaps_s: Sequence[float], read_s: float, write_s: float) -> tuple[int, int]:
     """How many golden requests were read, and how many wrote two tokens more, before somebody came."""
-    one_s = read_s + (GOLDEN_OUTPUT_TOKENS - 1) * write_s
+    one_s = read_s + (_GOLDEN.output_tokens - 1) * write_s
     read = written = 0
     for gap_s in gaps_s:
         rest_s = gap_s % one_s

@@ -1,4 +1,4 @@
-"""Causes of a breach: the arithmetic that nothing is left over by, each verdict, and how often it is right."""
+"""Causes of a breach: arithmetic that leaves nothing over, each verdict, and how often it is right."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_prompt_from_the_cache_is_not_read() -> None:
 
 
 def test_the_load_of_one_server_tells_its_slowness() -> None:
-    """With one request at a time on the mean the load is a half; twice the time for each makes it all of it."""
+    """With one request at a time on the mean the load is a half; twice the time for each makes it whole."""
     was = figures_of(window(queue_ms=0))
     now = figures_of(window(queue_ms=98_000, read_ms=100, write_ms=900))
     assert was is not None
@@ -172,6 +172,24 @@ def test_another_library_is_the_environment() -> None:
 def test_slow_writing_alone_is_seen() -> None:
     cause = named(window(write_ms=1500), probe(golden(1.0, writing=1.67)))
     assert cause.kind == "engine"
+
+
+def test_tokens_that_come_together_hide_the_phase_and_not_the_whole() -> None:
+    """Each phase of both probes is anything, and yet every request takes three times as long."""
+    then, now = golden(), golden(3.0)
+    torn = [0.02, 1.9] * 5
+    hidden = [
+        one.model_copy(
+            update={
+                "ttft_ms": tuple(ms * share for ms, share in zip(one.ttft_ms, torn, strict=True)),
+                "tpot_ms": tuple(ms * (2 - share) for ms, share in zip(one.tpot_ms, torn, strict=True)),
+            }
+        )
+        for one in (now, then)
+    ]
+    cause = named(window(read_ms=300, write_ms=2700), probe(hidden[0]), baseline=probe(hidden[1]))
+    assert cause.kind == "engine"
+    assert cause.evidence["golden_e2e_ratio"] == pytest.approx(3)
 
 
 def test_what_was_over_before_the_probe_has_no_cause() -> None:

@@ -61,7 +61,8 @@ def test_the_golden_requests_are_timed(admin: httpx.Client, tiny_bundle: Path) -
     assert found.bundle_digest == open_bundle(tiny_bundle, verify=False)[1].digest[:12]
     assert (golden.prompt_tokens, golden.output_tokens) == (184, 16)
     assert 3 <= len(golden.ttft_ms) == len(golden.tpot_ms) <= 25
-    assert min(golden.ttft_ms) > min(golden.tpot_ms) > 0
+    assert len(golden.e2e_ms) == len(golden.tpot_ms)
+    assert min(golden.ttft_ms) > 0
     assert golden.busy_share < 0.2
     assert not golden.ended
     assert found.host is not None
@@ -159,23 +160,22 @@ def slowed(process: psutil.Process, *, stopped_s: float, running_s: float) -> It
 
 
 def test_a_slower_engine_is_told_from_a_busy_host(served: Endpoint, admin: httpx.Client) -> None:
-    """The engine's process is held back four fifths of its time. Where the host is quiet that is the engine;
+    """The engine's process is held back nine tenths of its time. Where the host is quiet that is the engine;
     with a neighbour, which could do the same, it is the environment."""
     baseline = examine(admin, 3)
-    with slowed(engine_of(served), stopped_s=0.1, running_s=0.01):
+    with slowed(engine_of(served), stopped_s=0.09, running_s=0.01):
         found = examine(admin, 6)
-    print(times(baseline)); print(times(found))
     ratios = golden_ratios(found, baseline, CausePolicy())
     assert ratios is not None
-    assert ratios.tpot is not None
-    assert ratios.tpot.low > 1.5
+    assert ratios.e2e is not None
+    assert ratios.e2e.low > 1.5
     # Windows as clients would have met them. The real host is whatever else runs there just now.
-    before = window()
-    now = window(read_ms=100 * ratios.ttft.middle, write_ms=900 * ratios.tpot.middle)
+    now = window(read_ms=100 * ratios.speed.read, write_ms=900 * ratios.speed.write)
     quiet, calm = (one.model_copy(update={"host": host(QUIET)}) for one in (found, baseline))
+    before = window()
     cause = name_cause(before, now, quiet, calm)
     assert cause.kind == "engine", cause
-    busy = QUIET.model_copy(update={"foreign_cores": 1.0})
+    busy = QUIET.model_copy(update={"foreign_cores": 1.5})
     crowded = found.model_copy(update={"host": host(busy)})
     assert name_cause(before, now, crowded, calm).kind == "environment"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+from open_autoglm.monitoring.golden import golden_times
 from open_autoglm.schemas import (
     Conditions,
     EndpointProbe,
@@ -11,6 +12,7 @@ from open_autoglm.schemas import (
     Histogram,
     HostProbe,
     LatencyWindow,
+    RequestShape,
 )
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -35,8 +37,7 @@ def window(
     cached_tokens: int = 0,
     seconds: float = 1000.0,
 ) -> LatencyWindow:
-    """One request a second, each alike: 10 ms of waiting, 0.5 ms for a token of the prompt, 30 ms for one of the
-    answer."""
+    """One request a second, each alike: 10 ms of waiting, 0.5 ms to read a token and 30 ms to write one."""
     ttft_ms, e2e_ms = queue_ms + read_ms, queue_ms + read_ms + write_ms
     return LatencyWindow(
         service="tiny",
@@ -65,16 +66,11 @@ def window(
 def golden(
     slower: float = 1.0, *, writing: float | None = None, count: int = 10, busy: float = 0
 ) -> GoldenTimes:
-    """Requests that take ``slower`` times as long as in good times, and ``writing`` times for later tokens."""
+    """Requests that take ``slower`` times as long as once, or ``writing`` times after the first token."""
     spread = [1 + 0.01 * (number % 5) for number in range(count)]
     writing = slower if writing is None else writing
-    return GoldenTimes(
-        prompt_tokens=128,
-        output_tokens=16,
-        ttft_ms=tuple(60 * slower * one for one in spread),
-        tpot_ms=tuple(28 * writing * one for one in spread),
-        busy_share=busy,
-    )
+    shape = RequestShape(batch_size=1, prompt_tokens=128, output_tokens=16)
+    return golden_times(shape, [(60 * slower * one, 28 * writing * one) for one in spread], busy_share=busy)
 
 
 def host(conditions: Conditions = QUIET, **changes: object) -> HostProbe:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -117,19 +118,31 @@ class GoldenRatios(NamedTuple):
 
     ttft: Ratio
     tpot: Ratio | None
+    e2e: Ratio | None
+    reading: float
+    """Share of the whole time that was the first token's."""
     tolerance: float
     same_host: bool
     """Both were taken by a probe."""
 
     @property
+    def speed(self) -> Speed:
+        """Of reading and writing, each by itself.
+
+        Where that explains less than the whole has become slower beyond doubt, the whole decides for both: a
+        server that gets little time finds several tokens of a fast engine at once, and which came when is lost.
+        """
+        read = self.ttft.beyond(self.tolerance)
+        write = self.tpot.beyond(self.tolerance) if self.tpot else 1.0
+        explained = self.reading * read + (1 - self.reading) * write
+        if self.e2e is None or self.e2e.low <= max(explained, 1 + self.tolerance):
+            return Speed(read, write)
+        return Speed(self.e2e.middle, self.e2e.middle)
+
+    @property
     def tells(self) -> bool:
         """The study's figures can show that the engine is slower, but not that it is not."""
         return self.same_host or self.speed != Speed()
-
-    @property
-    def speed(self) -> Speed:
-        tpot = self.tpot.beyond(self.tolerance) if self.tpot else 1.0
-        return Speed(self.ttft.beyond(self.tolerance), tpot)
 
 
 def golden_ratios(
@@ -141,13 +154,14 @@ def golden_ratios(
         return None
     if len(now.ttft_ms) < policy.golden_samples or not then.ttft_ms:
         return None
-    tolerance = policy.golden_tolerance if baseline.source == "probe" else policy.study_tolerance
-    has_tpot = now.tpot_ms and then.tpot_ms
+    same_host = baseline.source == "probe"
     return GoldenRatios(
         ttft=_ratio(now.ttft_ms, then.ttft_ms),
-        tpot=_ratio(now.tpot_ms, then.tpot_ms) if has_tpot else None,
-        tolerance=tolerance,
-        same_host=baseline.source == "probe",
+        tpot=_ratio(now.tpot_ms, then.tpot_ms) if now.tpot_ms and then.tpot_ms else None,
+        e2e=_ratio(now.e2e_ms, then.e2e_ms) if now.e2e_ms and then.e2e_ms else None,
+        reading=min(median(then.ttft_ms) / median(then.e2e_ms), 1.0) if then.e2e_ms else 1.0,
+        tolerance=policy.golden_tolerance if same_host else policy.study_tolerance,
+        same_host=same_host,
     )
 
 
@@ -236,8 +250,8 @@ class _Case:
     def _share_out_crowd(self, parts: Parts) -> dict[Driver, float]:
         """What queue and company cost, by what made the load grow.
 
-        What no factor explains is called load as far as requests waited, since then they came closer together;
-        tokens that only took longer are nobody's.
+        What no factor explains is called load as far as requests waited, since then they came closer
+        together; tokens that only took longer are nobody's.
         """
         crowd_ms = parts.queue_ms + parts.company_ms
         shares: dict[Driver, float] = {"arrivals": 0.0, "mix": 0.0, "speed": 0.0}
@@ -309,7 +323,7 @@ class _Case:
         if self.golden is None or not self.golden.tells:
             load = f"{self.now.load:.0%} instead of {self.before.load:.0%}"
             return f"it is never alone, and its load ({load}) is more than arrivals and lengths explain"
-        slowest = max(self.golden.ttft, self.golden.tpot or self.golden.ttft)
+        slowest = max(one for one in (self.golden.ttft, self.golden.tpot, self.golden.e2e) if one)
         return (
             f"alone it takes {slowest.middle:.2f} times as long for the golden requests "
             f"({slowest.low:.2f} to {slowest.high:.2f})"
@@ -366,13 +380,12 @@ def _golden_evidence(ratios: GoldenRatios | None, probe: EndpointProbe) -> dict[
             "golden_gave_way": golden.gave_way,
             "golden_busy_share": golden.busy_share,
         }
-    for name, ratio in (("ttft", ratios.ttft), ("tpot", ratios.tpot)) if ratios else ():
+    named = {"ttft": ratios.ttft, "tpot": ratios.tpot, "e2e": ratios.e2e} if ratios else {}
+    for name, ratio in named.items():
         if ratio is not None:
-            found |= {f"golden_{name}_ratio{end}": value for end, value in zip(_ENDS, ratio, strict=True)}
+            found[f"golden_{name}_ratio"] = ratio.middle
+            found |= {f"golden_{name}_ratio_low": ratio.low, f"golden_{name}_ratio_high": ratio.high}
     return found
-
-
-_ENDS = ("", "_low", "_high")
 
 
 def _host_evidence(probe: EndpointProbe, signs: Sequence[Sign]) -> dict[str, float | str]:

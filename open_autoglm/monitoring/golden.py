@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from open_autoglm.bundle import evidence_of
@@ -42,11 +42,22 @@ def study_times(evidence: BundleEvidence, shape: RequestShape) -> GoldenTimes | 
     ttft, tpot, request = evidence.metrics.get("ttft_ms"), evidence.metrics.get("tpot_ms"), evidence.request
     if ttft is None or tpot is None or request is None:
         return None
+    return golden_times(shape, [(shape.prompt_tokens / request.prompt_tokens * ttft.median, tpot.median)])
+
+
+def golden_times(
+    shape: RequestShape, answers: Iterable[tuple[float, float | None]], **about: Any
+) -> GoldenTimes:
+    """Of answers' ``ttft_ms`` and ``tpot_ms``, the second None if there was but one token."""
+    found = tuple(answers)
+    later = shape.output_tokens - 1
     return GoldenTimes(
         prompt_tokens=shape.prompt_tokens,
         output_tokens=shape.output_tokens,
-        ttft_ms=(shape.prompt_tokens / request.prompt_tokens * ttft.median,),
-        tpot_ms=(tpot.median,),
+        ttft_ms=tuple(ttft_ms for ttft_ms, _ in found),
+        tpot_ms=tuple(tpot_ms for _, tpot_ms in found if tpot_ms is not None),
+        e2e_ms=tuple(ttft_ms + later * tpot_ms for ttft_ms, tpot_ms in found if tpot_ms is not None),
+        **about,
     )
 
 

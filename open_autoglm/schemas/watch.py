@@ -167,6 +167,7 @@ class GoldenTimes(Model):
     output_tokens: int = Field(ge=1)
     ttft_ms: tuple[float, ...]
     tpot_ms: tuple[float, ...] = Field(description="of the tokens after the first")
+    e2e_ms: tuple[float, ...] = Field(description="of those that have both: to the last token, were it whole")
     waits: int = Field(0, ge=0, description="times it waited for clients to be answered")
     gave_way: int = Field(0, ge=0, description="requests begun and given up because a client came")
     busy_share: float = Field(0, ge=0, le=1, description="of the probe, time that clients kept it from")

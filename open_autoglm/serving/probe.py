@@ -1,4 +1,4 @@
-"""The endpoint looks at itself for half a minute: the golden requests on the champion, and the host beside it.
+"""The endpoint looks at itself for half a minute: golden requests on the champion, and the host beside it.
 
 Clients come first. A golden request begins only while nobody is answered, and is given up when somebody
 comes; at worst a client waits until the engine has read the golden prompt. What was answered until then
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from open_autoglm.bundle import evidence_of
-from open_autoglm.monitoring.golden import golden_prompts, golden_shape
+from open_autoglm.monitoring.golden import golden_prompts, golden_shape, golden_times
 from open_autoglm.monitoring.probe import LOOK_S, HostMeter, settings_now
 from open_autoglm.schemas import EndpointProbe, GoldenTimes, HostProbe, RequestShape
 from open_autoglm.serving.engine import EngineLost
@@ -77,11 +77,9 @@ class _Golden:
         except EngineLost as error:
             self._ended = str(error)
         counted = self._answers[1:]  # the first compiles, or reads for the first time
-        return GoldenTimes(
-            prompt_tokens=self._shape.prompt_tokens,
-            output_tokens=self._shape.output_tokens,
-            ttft_ms=tuple(answer.ttft_ms for answer in counted),
-            tpot_ms=tuple(answer.tpot_ms for answer in counted if answer.tpot_ms is not None),
+        return golden_times(
+            self._shape,
+            ((answer.ttft_ms, answer.tpot_ms) for answer in counted),
             waits=self._waits,
             gave_way=self._gave_way,
             busy_share=min(self._busy_s / self._seconds, 1.0),

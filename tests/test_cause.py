@@ -258,6 +258,8 @@ def test_the_studys_figures_show_a_gross_slowdown_only() -> None:
 def test_golden_requests_of_another_shape_are_not_compared() -> None:
     other = golden(1.8).model_copy(update={"prompt_tokens": 64})
     assert named(window(**SLOWER), probe(other)).kind == "unknown"
+    stranger = probe().model_copy(update={"bundle_digest": "f" * 12})
+    assert named(window(**SLOWER), probe(golden(1.8)), baseline=stranger).kind == "unknown"
 
 
 def test_evidence_can_be_stored() -> None:

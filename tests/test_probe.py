@@ -19,8 +19,10 @@ from endpoints import Endpoint, endpoint, metric
 from windows import QUIET, host, window
 
 from open_autoglm.bundle import open_bundle
-from open_autoglm.monitoring.cause import CausePolicy, golden_ratios, name_cause
+from open_autoglm.monitoring.cause import name_cause
 from open_autoglm.monitoring.golden import golden_shape, study_baseline
+from open_autoglm.monitoring.golden_ratios import golden_ratios
+from open_autoglm.monitoring.policy import CausePolicy
 from open_autoglm.schemas import EndpointProbe, GoldenTimes, RequestShape
 from open_autoglm.serving.local import local_endpoints
 

@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from pydantic import Field
-
-from open_autoglm.measure.statistics import median_ratio
 from open_autoglm.monitoring.decomposition import (
     Driver,
     Figures,
@@ -31,8 +27,10 @@ from open_autoglm.monitoring.decomposition import (
     slowness_by_load,
     unexplained_growth,
 )
+from open_autoglm.monitoring.golden_ratios import GoldenRatios, golden_ratios
+from open_autoglm.monitoring.policy import CausePolicy
 from open_autoglm.monitoring.signs import Sign, signs_of
-from open_autoglm.schemas import Cause, CauseKind, EndpointProbe, GoldenTimes, LatencyWindow, Model, Stage
+from open_autoglm.schemas import Cause, CauseKind, EndpointProbe, LatencyWindow, Stage
 from open_autoglm.units import quantity
 
 _NOUNS: Mapping[Stage, str] = {
@@ -41,37 +39,6 @@ _NOUNS: Mapping[Stage, str] = {
     "tpot": "the tokens after the first",
     "queue": "the wait for a slot",
 }
-
-
-class CausePolicy(Model):
-    """From where on a figure speaks."""
-
-    least_change: float = Field(
-        0.1, ge=0, description="of the mean: windows of the same traffic differ by 5 to 10 %"
-    )
-    least_growth: float = Field(
-        0.1,
-        ge=0,
-        description="of arrivals or lengths, for the same reason; more where there are few requests",
-    )
-    golden_samples: int = Field(
-        3, ge=1, description="fewer have no spread to speak of; a slow endpoint answers few in half a minute"
-    )
-    golden_tolerance: float = Field(
-        0.1, ge=0, description="by so much two probes of a healthy endpoint may differ"
-    )
-    study_tolerance: float = Field(
-        2.0,
-        ge=0,
-        description="the same against the study's figures, taken at another time and perhaps on another host",
-    )
-    busy_share: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="of the probe: if clients take more, it is they who kept the engine from being timed",
-    )
-    least_share: float = Field(0.4, ge=0, le=1, description="of the rise, that a cause must explain")
 
 
 def name_cause(
@@ -96,82 +63,6 @@ def name_cause(
     evidence = {**_window_evidence(before, now, was, is_now), **case.evidence()}
     kind, told = case.verdict(refused=(before.refused, now.refused))
     return Cause(kind=kind, told=told, evidence=evidence)
-
-
-# ── is the engine slower when it is alone? ───────────────────────────────────────────────────────
-
-
-class Ratio(NamedTuple):
-    """How many times as long something takes."""
-
-    middle: float
-    low: float
-    high: float
-
-    def beyond(self, tolerance: float) -> float:
-        """The ratio, if all of its interval is over what is tolerated; else 1."""
-        return self.middle if self.low > 1 + tolerance else 1.0
-
-
-class GoldenRatios(NamedTuple):
-    """Of the golden requests' times, now to then."""
-
-    ttft: Ratio
-    tpot: Ratio | None
-    e2e: Ratio | None
-    reading: float
-    """Share of the whole time that was the first token's."""
-    tolerance: float
-    same_host: bool
-    """Both were taken by a probe."""
-
-    @property
-    def speed(self) -> Speed:
-        """Of reading and writing, each by itself.
-
-        Where that explains less than the whole has become slower beyond doubt, the whole decides for both: a
-        server that gets little time finds several tokens of a fast engine at once, and which came when is lost.
-        """
-        read = self.ttft.beyond(self.tolerance)
-        write = self.tpot.beyond(self.tolerance) if self.tpot else 1.0
-        explained = self.reading * read + (1 - self.reading) * write
-        if self.e2e is None or self.e2e.low <= max(explained, 1 + self.tolerance):
-            return Speed(read, write)
-        return Speed(self.e2e.middle, self.e2e.middle)
-
-    @property
-    def tells(self) -> bool:
-        """The study's figures can show that the engine is slower, but not that it is not."""
-        return self.same_host or self.speed != Speed()
-
-
-def golden_ratios(
-    probe: EndpointProbe, baseline: EndpointProbe | None, policy: CausePolicy
-) -> GoldenRatios | None:
-    """None if there were too few golden requests, or none of the same shape to compare them with."""
-    now, then = probe.golden, baseline.golden if baseline else None
-    if now is None or then is None or baseline is None or _shape(now) != _shape(then):
-        return None
-    if len(now.ttft_ms) < policy.golden_samples or not then.ttft_ms:
-        return None
-    same_host = baseline.source == "probe"
-    return GoldenRatios(
-        ttft=_ratio(now.ttft_ms, then.ttft_ms),
-        tpot=_ratio(now.tpot_ms, then.tpot_ms) if now.tpot_ms and then.tpot_ms else None,
-        e2e=_ratio(now.e2e_ms, then.e2e_ms) if now.e2e_ms and then.e2e_ms else None,
-        reading=min(median(then.ttft_ms) / median(then.e2e_ms), 1.0) if then.e2e_ms else 1.0,
-        tolerance=policy.golden_tolerance if same_host else policy.study_tolerance,
-        same_host=same_host,
-    )
-
-
-def _shape(golden: GoldenTimes) -> tuple[int, int]:
-    return golden.prompt_tokens, golden.output_tokens
-
-
-def _ratio(now_ms: Sequence[float], then_ms: Sequence[float]) -> Ratio:
-    middle, (low, high) = median_ratio(now_ms, then_ms)
-    return Ratio(middle, low, high)
 
 
 # ── the case ─────────────────────────────────────────────────────────────────────────────────────

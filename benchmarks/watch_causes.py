@@ -383,28 +383,28 @@ SCENARIOS: Mapping[str, Scenario] = {
 }
 
 
-def disturbed(world: World, random: np.random.Generator) -> World:
+def disturbed(world: World, random: np.random.Generator, noise: float) -> World:
     """The same, as another window finds it."""
-    engine = math.exp(random.normal(0, 0.05))
+    engine = math.exp(random.normal(0, 0.05 * noise))
     return replace(
         world,
-        arrivals_per_s=world.arrivals_per_s * math.exp(random.normal(0, 0.07)),
-        prompt_tokens=world.prompt_tokens * math.exp(random.normal(0, 0.05)),
-        output_tokens=world.output_tokens * math.exp(random.normal(0, 0.05)),
+        arrivals_per_s=world.arrivals_per_s * math.exp(random.normal(0, 0.07 * noise)),
+        prompt_tokens=world.prompt_tokens * math.exp(random.normal(0, 0.05 * noise)),
+        output_tokens=world.output_tokens * math.exp(random.normal(0, 0.05 * noise)),
         read_factor=world.read_factor * engine,
         write_factor=world.write_factor * engine,
     )
 
 
-def run_once(scenario: Scenario, seed: int) -> Cause | None:
+def run_once(scenario: Scenario, seed: int, noise: float = 1.0) -> Cause | None:
     """What is named; None if the change broke no promise, so that nobody asked."""
     random = np.random.default_rng(seed)
     world = World(arrivals_per_s=float(random.uniform(0.4, 1.0)))
-    healthy = disturbed(world, random)
+    healthy = disturbed(world, random, noise)
     calm = simulate(healthy, random)
     before, baseline = window_of(calm), probe_of(world, calm, random)
     changed = scenario.change(world, float(random.uniform()))
-    busy = simulate(disturbed(changed, random), random)
+    busy = simulate(disturbed(changed, random, noise), random)
     now = window_of(busy)
     limit_ms, found_ms = before.times_ms["e2e"].quantile(0.95), now.times_ms["e2e"].quantile(0.95)
     if limit_ms is None or found_ms is None or (found_ms <= BREACH * limit_ms and not now.refused):
@@ -429,10 +429,10 @@ class Row:
         return self.named.get(self.cause, 0)
 
 
-def run_row(name: str, repeats: int, seed: int) -> Row:
+def run_row(name: str, repeats: int, seed: int, noise: float = 1.0) -> Row:
     scenario = SCENARIOS[name]
     first = (seed * len(SCENARIOS) + list(SCENARIOS).index(name)) * 1_000_003
-    found = (run_once(scenario, first + repeat) for repeat in range(repeats))
+    found = (run_once(scenario, first + repeat, noise) for repeat in range(repeats))
     return Row(name, scenario.cause, Counter(cause.kind for cause in found if cause is not None))
 
 
@@ -449,13 +449,15 @@ def table(rows: Sequence[Row]) -> str:
 @click.command(help=__doc__)
 @click.option("--repeats", default=50, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--noise", default=1.0, show_default=True, help="times 5 to 7 %, from window to window")
 @click.option("--workers", default=1, show_default=True)
-def main(repeats: int, seed: int, workers: int) -> None:
+def main(repeats: int, seed: int, noise: float, workers: int) -> None:
     with ProcessPoolExecutor(workers) as pool:
-        rows = list(pool.map(partial(run_row, repeats=repeats, seed=seed), SCENARIOS))
+        rows = list(pool.map(partial(run_row, repeats=repeats, seed=seed, noise=noise), SCENARIOS))
     click.echo(table(rows))
     content = [{"scenario": row.scenario, "cause": row.cause, "named": dict(row.named)} for row in rows]
-    RESULT.write_text(json.dumps({"repeats": repeats, "seed": seed, "rows": content}, indent=1) + "\n")
+    about = {"repeats": repeats, "seed": seed, "noise": noise}
+    RESULT.write_text(json.dumps({**about, "rows": content}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

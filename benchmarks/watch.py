@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.trust import share
-from benchmarks.watch_traffic import BEGIN, DAY, SLO_S, WINDOW_S, Host, World, windows
+from benchmarks.watch_traffic import BEGIN, DAY, SLO, WINDOW_S, Host, World, windows
 from open_autoglm.files import write_atomic
 from open_autoglm.monitoring.baseline import Baseline
 from open_autoglm.monitoring.judge import JudgeState, Policy, judge
 from open_autoglm.monitoring.lesson import Lesson, attend, next_baseline
 from open_autoglm.schemas import Model
-from open_autoglm.schemas.watch import Judgement, LatencyWindow, Slo
+from open_autoglm.schemas.watch import Judgement, LatencyWindow
 
 RESULTS = Path(__file__).parent / "results"
 HEALTHY_DAYS = 30
@@ -51,7 +51,7 @@ FAULTS: Mapping[str, Mapping[str, float]] = {
 """What becomes so many times as much: arrivals, the host's slowness, prompts' lengths, the engine's time."""
 
 POLICY = Policy(
-    slo=Slo(ttft_p95_ms=SLO_S[0] * 1000, tpot_p95_ms=SLO_S[1] * 1000, e2e_p95_ms=SLO_S[2] * 1000),
+    slo=SLO,
     window_s=WINDOW_S,
 )
 

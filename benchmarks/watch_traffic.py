@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from open_autoglm.schemas.watch import Histogram, LatencyWindow, Stage
+from open_autoglm.schemas.watch import Histogram, LatencyWindow, Slo, Stage
 from open_autoglm.serving.metrics import Board
 
 if TYPE_CHECKING:
@@ -197,14 +197,14 @@ def _queue(
 
 # ── as the endpoint counts it ────────────────────────────────────────────────────────────────────
 
-SLO_S = (0.9, 0.025, 3.0)
-"""Bounds that the buckets have in addition, as an endpoint's have that knows its SLO: TTFT, TPOT, e2e."""
+SLO = Slo(ttft_p95_ms=900, tpot_p95_ms=25, e2e_p95_ms=3000)
+"""Its limits are bounds of the buckets, as an endpoint's are that knows its SLO."""
 
 
 @cache
 def bounds() -> Mapping[str, tuple[float, ...]]:
     """The upper bounds of each histogram of an endpoint, by its name."""
-    board = Board("simulated", slo_s=SLO_S)
+    board = Board("simulated", SLO)
     board.of("1", "0" * 12, "champion")
     found: dict[str, list[float]] = {}
     for family in board.registry.collect():

@@ -144,6 +144,7 @@ def _evidence(study: Study, trial: Trial, golden: Sequence[GoldenPrompt]) -> dic
         "metrics": {name: m.model_dump(mode="json", include=facts) for name, m in trial.metrics.items()},
         "quality": trial.quality.model_dump(mode="json") if trial.quality else None,
         "kv_bytes_per_token": study.analysis.profile.kv_bytes_per_token(32),
+        "host": trial.capsule.host if trial.capsule else {},
         "golden": [prompt.model_dump(mode="json") for prompt in golden],
     }
 

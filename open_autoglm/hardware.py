@@ -94,7 +94,7 @@ def _arm_name(fields: dict[str, str]) -> str:
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores in this process's affinity mask, lowered to a cgroup's quota; at least one."""
     cores = len(os.sched_getaffinity(0))
-    for group in _cgroups(root):
+    for group in cgroups(root):
         quota, _, period = _read(group / "cpu.max").partition(" ")
         if quota.isdigit():
             cores = min(cores, int(quota) // int(period))
@@ -111,7 +111,7 @@ def read_memory(root: Path = Path("/")) -> tuple[int, int]:
     """
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
     total, available = int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
-    for group in _cgroups(root):
+    for group in cgroups(root):
         limit = _read(group / "memory.max").strip()
         if limit.isdigit():
             droppable = re.search(r"^inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
@@ -121,7 +121,7 @@ def read_memory(root: Path = Path("/")) -> tuple[int, int]:
     return total, available
 
 
-def _cgroups(root: Path) -> Iterator[Path]:
+def cgroups(root: Path) -> Iterator[Path]:
     """This process's cgroup (version 2) and all above it: the limits of every one hold."""
     mount = root / "sys/fs/cgroup"
     match = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)

@@ -38,7 +38,7 @@ WHO_MAY_IMPORT = {
     "tensorrt_rtx": {"open_autoglm/export/tensorrt_api.py"},
     "tensorrt_rtx_bindings": {"open_autoglm/export/tensorrt_api.py"},
     "torchao": {"open_autoglm/engines/torch_weights.py"},
-    "pynvml": {"open_autoglm/measure/device_memory.py"},
+    "pynvml": {"open_autoglm/measure/device_memory.py", "open_autoglm/measure/gpu_conditions.py"},
     "llama_cpp": {"open_autoglm/export/llamacpp_library.py"},
     "gguf": {"open_autoglm/demo_model.py", "open_autoglm/export/gguf_writer.py"},
     "yaml": {"open_autoglm/monitoring/config.py"},

@@ -80,6 +80,9 @@ def test_holds_what_is_needed_to_serve_and_to_judge_it(study: Study, shared_bund
     assert "onnxruntime" not in manifest.versions
     assert manifest.evidence["metrics"]["ttft_ms"]["median"] == champion(study).metrics["ttft_ms"].median
     assert manifest.evidence["quality"]["ratio"] == 1
+    capsule = champion(study).capsule
+    assert capsule is not None
+    assert manifest.evidence["host"] == capsule.host
     on_disk = sum(path.stat().st_size for path in shared_bundle.rglob("*") if path.is_file())
     assert described.size_bytes == on_disk - (shared_bundle / MANIFEST).stat().st_size
 

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -28,6 +29,12 @@ class _Clocks(NamedTuple):
     own: float
 
 
+def own_cpu_s() -> float:
+    """CPU time of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 class CpuMeter:
     """Measures from its creation on. Steal counts as foreign: the hypervisor gave our core away.
 
@@ -37,9 +44,11 @@ class CpuMeter:
     two cores up to 0.4 foreign cores go unseen, in one second 0.02.
     """
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), own_s: Callable[[], float] = own_cpu_s) -> None:
+        """``own_s`` gives the seconds of CPU time that are not foreign."""
         self._root = root
-        self._start = _read_clocks(root)
+        self._own_s = own_s
+        self._start = _read_clocks(root, own_s)
 
     def foreign_cores(self) -> float:
         """Mean number of cores that other processes kept busy, from 0 to the number of cores."""
@@ -47,25 +56,25 @@ class CpuMeter:
 
     def read(self) -> tuple[float, float]:
         """Mean number of cores (taken by others, steal included; given away by the hypervisor)."""
-        wall, busy, steal, own = (
-            now - then for now, then in zip(_read_clocks(self._root), self._start, strict=True)
-        )
+        wall, busy, steal, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
         wall = max(wall, 1e-9)
         used_cores = max(1, round(own / wall))
         stolen = max(0.0, steal - _TICK_S)  # exact, but printed in whole ticks
         foreign = max(stolen, busy - own - used_cores * _TICK_S)
         return foreign / wall, stolen / wall
 
+    def _now(self) -> _Clocks:
+        return _read_clocks(self._root, self._own_s)
 
-def _read_clocks(root: Path) -> _Clocks:
+
+def _read_clocks(root: Path, own_s: Callable[[], float]) -> _Clocks:
     fields = (root / "proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     ticks = [int(field) for field in fields]
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return _Clocks(
         wall=time.perf_counter(),
         busy=sum(ticks[i] for i in _BUSY_FIELDS) * _TICK_S,
         steal=ticks[_STEAL_FIELD] * _TICK_S,
-        own=time.process_time() + children.ru_utime + children.ru_stime,
+        own=own_s(),
     )
 
 
@@ -75,10 +84,11 @@ class ConditionsMeter:
     fastest_khz: ClassVar[int] = 0
     """The highest core clock any meter of this process has read."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), own_s: Callable[[], float] = own_cpu_s) -> None:
+        """``own_s`` as for `CpuMeter`."""
         self._root = root
         self._swapped = _swapped_pages(root)
-        self._cpu = CpuMeter(root)
+        self._cpu = CpuMeter(root, own_s)
 
     def read(self) -> Conditions:
         """What happened since the creation; the clock is that of this moment, when our cores still run.
@@ -94,12 +104,18 @@ class ConditionsMeter:
         )
 
     def _clock_share(self) -> float | None:
-        paths = (self._root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
-        khz = max((int(text) for text in map(kernel_text, paths) if text.strip().isdigit()), default=0)
-        if khz == 0:
+        khz = fastest_core_khz(self._root)
+        if khz is None:
             return None
         ConditionsMeter.fastest_khz = max(ConditionsMeter.fastest_khz, khz)
         return khz / ConditionsMeter.fastest_khz
+
+
+def fastest_core_khz(root: Path) -> int | None:
+    """The highest clock of any core at this moment; None where the kernel does not tell."""
+    paths = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    found = [int(text) for text in map(kernel_text, paths) if text.strip().isdigit()]
+    return max(found, default=0) or None
 
 
 def _swapped_pages(root: Path) -> int:

@@ -54,6 +54,20 @@ def median_interval(array: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) ->
     return float(ordered[max(lower - 1, 0)]), float(ordered[min(count - lower, count - 1)])
 
 
+def median_ratio(values: Sequence[float], against: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """How many times as large the median of ``values`` is, for positive samples that are no pairs.
+
+    The interval is of the ends of both medians' own, which holds the ratio at least where both hold theirs:
+    with more than 90 % confidence, and usually far more. A single figure counts as certain.
+    Raises ValueError if either is empty.
+    """
+    if not values or not against:
+        raise ValueError("no samples: a ratio needs at least one of each")
+    above, below = np.asarray(values, dtype=np.float64), np.asarray(against, dtype=np.float64)
+    (low, high), (least, most) = median_interval(above), median_interval(below)
+    return float(np.median(above) / np.median(below)), (low / most, high / least)
+
+
 def least_samples(percentile: float, violations: int = 0, confidence: float = 0.99) -> int:
     """How many samples show that ``percentile`` (0.95, say) keeps a limit which ``violations`` of them broke.
 

@@ -227,3 +227,4 @@ class BundleEvidence(Model):
     quality: QualityReport | None = None
     kv_bytes_per_token: int | None = Field(None, description="in fp32: the most an engine's cache takes")
     golden: tuple[GoldenPrompt, ...] = ()
+    host: dict[str, str] = Field(default_factory=dict, description="what it was measured on, as in a capsule")

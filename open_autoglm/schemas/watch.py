@@ -8,7 +8,8 @@ from typing import Literal, Self
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from open_autoglm.schemas.base import Model
+from open_autoglm.schemas.base import FORMAT_VERSION, Model
+from open_autoglm.schemas.evidence import Conditions
 
 Stage = Literal["ttft", "tpot", "e2e", "queue"]
 """Of an answer: request to first token, mean of a token after it, request to last token, wait for a slot."""
@@ -127,3 +128,66 @@ class Judgement(Model):
         if self.act and self.state != "breached":
             raise ValueError(f"{self.state!r} is nothing to act on")
         return self
+
+
+# ── what is looked at before a cause is named ────────────────────────────────────────────────────
+
+
+class GpuConditions(Model):
+    """What a GPU did meanwhile, as its driver tells it."""
+
+    name: str
+    clock_mhz: int = Field(description="of its multiprocessors, the highest that was seen")
+    slowed_by: tuple[str, ...] = Field((), description="why its clock was held down; idling is no reason")
+    foreign_processes: tuple[str, ...] = Field(
+        (), description="that compute on it and are not the endpoint's"
+    )
+
+
+class HostProbe(Model):
+    """What the serving host did besides serving for half a minute, and what it is made of.
+
+    What the kernel does not tell is None.
+    """
+
+    begin: AwareDatetime
+    seconds: float = Field(gt=0)
+    cores: int = Field(ge=1, description="that the endpoint may use")
+    own_cores: float = Field(ge=0, description="kept busy by the endpoint and its engines")
+    conditions: Conditions = Field(description="foreign is whoever is not the endpoint or its engines")
+    busiest: str = Field("", description="the foreign process that took most, if it can be seen from here")
+    busiest_cores: float = Field(0, ge=0)
+    clock_mhz: float | None = Field(None, description="of the fastest core, the highest that was seen")
+    thermal_events: int | None = Field(None, description="times a core or its package was slowed by heat")
+    throttled_share: float | None = Field(
+        None, ge=0, le=1, description="of the scheduling periods, those in which a cgroup's quota was used up"
+    )
+    cpu_pressure_share: float | None = Field(None, description="of the time, somebody waited for a core")
+    memory_pressure_share: float | None = Field(None, description="of the time, somebody waited for memory")
+    gpus: tuple[GpuConditions, ...] = ()
+
+
+class GoldenTimes(Model):
+    """What the bundle's own kind of request takes when nobody else is answered."""
+
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1)
+    ttft_ms: tuple[float, ...]
+    tpot_ms: tuple[float, ...] = Field(description="of the tokens after the first")
+    e2e_ms: tuple[float, ...] = Field(description="of those that have both: to the last token, were it whole")
+    waits: int = Field(0, ge=0, description="times it waited for clients to be answered")
+    gave_way: int = Field(0, ge=0, description="requests begun and given up because a client came")
+    busy_share: float = Field(0, ge=0, le=1, description="of the probe, time that clients kept it from")
+    ended: str = Field("", description="why it ended early, if it did")
+
+
+class EndpointProbe(Model):
+    """An endpoint and its host at one moment; taken soon after a promotion, it is what later ones are held
+    against. Where there is none, the study's own figures stand in: then there is no ``host``."""
+
+    format_version: int = FORMAT_VERSION
+    source: Literal["probe", "study"]
+    bundle_digest: str = Field(description="its first 12 characters")
+    golden: GoldenTimes | None = Field(description="None: there were no figures")
+    host: HostProbe | None = None
+    settings: Mapping[str, str] = Field(description="of host and libraries: what timing depends on besides")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from open_autoglm.schemas import Canary, Model
+from open_autoglm.schemas import Canary, EndpointProbe, History, Model
 from open_autoglm.serving.contest import ContestStatus
 from open_autoglm.serving.engine import State
 from open_autoglm.serving.fleet import Event, Fleet
 from open_autoglm.serving.openapi import ADMIN_BODY, KEY, refusals
+from open_autoglm.serving.probe import probe
 from open_autoglm.serving.service import Service
 from open_autoglm.serving.source import Source, find_source
 from open_autoglm.settings import Settings
@@ -53,16 +54,25 @@ class FleetStatus(Model):
     events: tuple[Event, ...]
 
 
+class ProbeRequest(BaseModel):
+    """Body of ``/admin/probe``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    seconds: float = Field(30, ge=0.1, le=120, description="the answer comes after so long")
+
+
 def admin_routes(fleet: Fleet) -> APIRouter:
     """Under ``/admin``; whoever may call it is decided in front."""
     router = APIRouter(prefix="/admin", tags=["admin"])
+    probing = asyncio.Lock()
 
     @router.get("/fleet", responses=KEY)
     async def show() -> FleetStatus:
         """Who answers, and what has changed."""
         return fleet_status(fleet)
 
-    @router.get("/history")
+    @router.get("/history", responses=refusals(400, 401, 403) | {200: {"model": History}})
     async def history(begin: AwareDatetime, end: AwareDatetime) -> Response:
         """The series from ``begin`` to ``end``: as they were each minute of the last day, and are now."""
         recording = fleet.history.between(begin.timestamp(), end.timestamp())
@@ -93,6 +103,15 @@ def admin_routes(fleet: Fleet) -> APIRouter:
         """Give the challenger's callers back to the champion."""
         await fleet.drop_challenger("an administrator said so")
         return fleet_status(fleet)
+
+    @router.post("/probe", responses=refusals(400, 401, 403, 409, 415))
+    async def examine(body: ProbeRequest) -> EndpointProbe:
+        """What the bundle's own requests take now, while nobody else is answered, and what the host does
+        meanwhile; 409 while another probe is under way."""
+        if probing.locked():
+            raise HTTPException(409, "another probe is under way")
+        async with probing:
+            return await probe(fleet, body.seconds)
 
     return router
 

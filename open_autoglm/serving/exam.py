@@ -16,7 +16,7 @@ import numpy as np
 from open_autoglm.bundle import evidence_of
 from open_autoglm.measure.comparison import compare
 from open_autoglm.measure.statistics import median_interval
-from open_autoglm.quality.texts import read
+from open_autoglm.monitoring.golden import golden_prompts, golden_shape, study_times
 from open_autoglm.schemas import BundleEvidence, Comparison, GoldenPrompt, Manifest, Model, RequestShape
 from open_autoglm.serving.engine import EngineLost
 from open_autoglm.serving.replay import Replay, replay
@@ -40,8 +40,6 @@ wider because those were taken at another time, perhaps with less to do on this 
 
 _PROBES = 6
 """The least number of values with a 95 % interval of the median (`median_interval`)."""
-_PROBE_PROMPT_TOKENS, _PROBE_OUTPUT_TOKENS = 512, 16
-_TEXT_CHARACTERS = 40_000
 
 
 class Check(Model):
@@ -162,10 +160,9 @@ def _behind(said: Replay, place: int, token: int) -> float:
 
 async def _latency(newcomer: Service, running: Service | None, evidence: BundleEvidence) -> Check:
     """A few requests as in its study, though not longer than some; refused only if too slow beyond doubt."""
-    shape = _probe_shape(newcomer, running, evidence.request)
-    some = read("technical", "eval")[:_TEXT_CHARACTERS]
-    text = newcomer.tokenizer.encode(some, add_special_tokens=False, verbose=False)
-    prompts = [_cut(text, number * shape.prompt_tokens, shape.prompt_tokens) for number in range(_PROBES + 1)]
+    room = min(service.max_tokens for service in (newcomer, running) if service is not None)
+    shape = golden_shape(room, evidence.request)
+    prompts = golden_prompts(newcomer.tokenizer, shape, _PROBES + 1)
     ours: list[Replay] = []
     theirs: list[Replay] = []
     for number, prompt in enumerate(prompts):
@@ -187,19 +184,6 @@ async def _latency(newcomer: Service, running: Service | None, evidence: BundleE
     return _against_running(found, shape)
 
 
-def _probe_shape(newcomer: Service, running: Service | None, registered: RequestShape | None) -> RequestShape:
-    room = min(service.max_tokens for service in (newcomer, running) if service is not None)
-    prompt = min(registered.prompt_tokens if registered else _PROBE_PROMPT_TOKENS, _PROBE_PROMPT_TOKENS)
-    output = min(registered.output_tokens if registered else _PROBE_OUTPUT_TOKENS, _PROBE_OUTPUT_TOKENS)
-    output = max(1, min(output, room - 1))
-    return RequestShape(batch_size=1, prompt_tokens=min(prompt, room - output), output_tokens=output)
-
-
-def _cut(text: Sequence[int], start: int, length: int) -> tuple[int, ...]:
-    """So many tokens from ``start`` on; the text begins again at its end."""
-    return tuple(text[(start + place) % len(text)] for place in range(length))
-
-
 def _against_running(found: Comparison, shape: RequestShape) -> Check:
     low, high = (1 + end for end in found.interval)
     told = (
@@ -211,14 +195,13 @@ def _against_running(found: Comparison, shape: RequestShape) -> Check:
 
 
 def _against_figures(e2e_ms: Sequence[float], shape: RequestShape, evidence: BundleEvidence) -> Check:
-    """Alone it is held to its own study, scaled to this shape: a prompt's time grows with its length."""
-    ttft, tpot, request = evidence.metrics.get("ttft_ms"), evidence.metrics.get("tpot_ms"), evidence.request
+    """Alone it is held to its own study, scaled to this shape."""
+    study = study_times(evidence, shape)
     low, _ = median_interval(np.array(e2e_ms))
     took = f"{shape.prompt_tokens}/{shape.output_tokens} tokens took {_ms(float(np.median(e2e_ms)))}"
-    if ttft is None or tpot is None or request is None:
+    if study is None:
         return Check(name="latency", ok=True, told=f"not compared: {took}, and its bundle holds no figures")
-    share = shape.prompt_tokens / request.prompt_tokens
-    expected_ms = share * ttft.median + (shape.output_tokens - 1) * tpot.median
+    (expected_ms,) = study.e2e_ms
     ok = low <= SLACK_ALONE * expected_ms
     told = f"{took}; by its study it would be about {_ms(expected_ms)}"
     return Check(

@@ -15,6 +15,7 @@ _REFUSALS = {
     403: "The key or the Host name does not allow it",
     404: "Another model than the one that is served",
     408: "The body came too slowly",
+    409: "The same is being done already",
     413: "The body is too long",
     415: "The body is not said to be JSON",
     429: "The queue is full, or the key's rate used up; `Retry-After` says when to come back",

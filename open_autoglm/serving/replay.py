@@ -22,6 +22,11 @@ _numbers = itertools.count()
 class GaveWay(Exception):
     """The replay was given up in favour of requests that somebody waits for."""
 
+    def __init__(self, until_then: Replay | None) -> None:
+        super().__init__("clients came")
+        self.until_then = until_then
+        """The tokens before the last, during which nobody had come yet; None if there were none."""
+
 
 class Replay(Model):
     """A greedy answer and its times."""
@@ -58,19 +63,21 @@ async def replay(
         sampling=Sampling(logprobs=likeliest),
         fresh=True,
     )
-    begin = time.perf_counter()
-    found: list[Token] = []
-    first_s = last_s = begin
+    begin_s = time.perf_counter()
+    found: list[tuple[Token, float]] = []
     async with contextlib.aclosing(service.engine.generate(generation)) as tokens:
         async for token in tokens:
-            last_s = time.perf_counter()
-            first_s = first_s if found else last_s
-            found.append(token)
+            found.append((token, time.perf_counter() - begin_s))
             if token.finish is None and unless():
-                raise GaveWay
+                raise GaveWay(_replay(found[:-1]) if len(found) > 1 else None)
+    return _replay(found)
+
+
+def _replay(found: Sequence[tuple[Token, float]]) -> Replay:
+    """Of tokens and when they came, in seconds since the beginning."""
     return Replay(
-        tokens=tuple(token.token for token in found if token.token is not None),
-        likeliest=tuple(token.likeliest for token in found),
-        ttft_ms=1e3 * (first_s - begin),
-        e2e_ms=1e3 * (last_s - begin),
+        tokens=tuple(token.token for token, _ in found if token.token is not None),
+        likeliest=tuple(token.likeliest for token, _ in found),
+        ttft_ms=1e3 * found[0][1],
+        e2e_ms=1e3 * found[-1][1],
     )

@@ -30,10 +30,10 @@ GOOD, POOR, UNJUDGED = "#2f74e0", "#d9730d", "#808b99"
 
 def pareto_figure(study: Study, form: Form = "png") -> bytes:
     """Time to the last token against peak memory; a halo marks the Pareto front, a dashed line a limit."""
-    figure, [axes] = _canvas(7.6, 4.3, form)
+    figure, [axes] = canvas(7.6, 4.3, form)
     placed = [(trial, point) for trial in study.trials if (point := _time_and_memory(trial)) is not None]
     if not placed:
-        return _render(_say_empty(figure, [axes]), "pareto", form)
+        return render(_say_empty(figure, [axes]), "pareto", form)
     shown = _within_reach(placed)
     for trial, (x, y) in shown:
         axes.plot(x, y, **_mark(study, trial), linestyle="none", zorder=3)
@@ -51,7 +51,7 @@ def pareto_figure(study: Study, form: Form = "png") -> bytes:
     axes.set_ylim(0, max(y for _, y in points) * 1.12)
     _name_points(figure, axes, points, [f"{'' if trial.metrics else '~ '}{trial.id}" for trial, _ in shown])
     _legend(axes)
-    return _render(figure, "pareto", form)
+    return render(figure, "pareto", form)
 
 
 def _time_and_memory(trial: Trial) -> Point | None:
@@ -85,11 +85,11 @@ def samples_figure(study: Study, form: Form = "png") -> bytes:
 
 def roofline_figure(study: Study, form: Form = "png") -> bytes:
     """What the champion and the baseline attain in each phase, under the host's measured roofs."""
-    figure, [axes] = _canvas(7.6, 3.9, form)
+    figure, [axes] = canvas(7.6, 3.9, form)
     shown = [t for t in (champion(study), baseline(study)) if t and t.metrics] or measured(study)[:2]
     points = [(t, share) for t in shown for share in phase_shares(study, t)]
     if not points:
-        return _render(_say_empty(figure, [axes]), "roofline", form)
+        return render(_say_empty(figure, [axes]), "roofline", form)
     at = [(share.bound.flops / share.bound.bytes_moved, share.flops_per_s / 1e9) for _, share in points]
     _draw_roofs(study, axes, reach=max(x for x, _ in at) * 25, start=min(x for x, _ in at) / 3)
     for (trial, share), (x, y) in zip(points, at, strict=True):
@@ -99,15 +99,15 @@ def roofline_figure(study: Study, form: Form = "png") -> bytes:
     axes.set_xlabel("arithmetic intensity, FLOP per byte moved")
     axes.set_ylabel("attained, GFLOP/s")
     _name_points(figure, axes, at, [f"{t.id}, {share.bound.phase}" for t, share in points])
-    return _render(figure, "roofline", form)
+    return render(figure, "roofline", form)
 
 
 def comparisons_figure(study: Study, form: Form = "png") -> bytes:
     """Each finalist's paired change against the champion, with its interval; the band is the noise floor."""
     comparisons = study.comparisons
-    figure, [axes] = _canvas(7.6, 1.1 + 0.4 * max(len(comparisons), 2), form)
+    figure, [axes] = canvas(7.6, 1.1 + 0.4 * max(len(comparisons), 2), form)
     if not comparisons:
-        return _render(_say_empty(figure, [axes], "nothing was compared"), "comparisons", form)
+        return render(_say_empty(figure, [axes], "nothing was compared"), "comparisons", form)
     if (noise := noise_of(study)) is not None:
         axes.axvspan(-100 * noise.floor, 100 * noise.floor, color=MUTED, alpha=0.25, linewidth=0)
     axes.axvline(0, color=INK, linewidth=1)
@@ -120,7 +120,7 @@ def comparisons_figure(study: Study, form: Form = "png") -> bytes:
     _scale_changes(axes, [100 * end for c in comparisons for end in c.interval])
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
-    return _render(figure, "comparisons", form)
+    return render(figure, "comparisons", form)
 
 
 def _scale_changes(axes: Axes, ends: Sequence[float]) -> None:
@@ -151,12 +151,15 @@ _MARKERS = {
 }  # fmt: skip
 
 
-def _canvas(width: float, height: float, form: Form, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def canvas(
+    width: float, height: float, form: Form, columns: int = 1, *, one_scale: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure, and its panels from left to right."""
     from matplotlib.figure import Figure
 
     paper = "none" if form == "svg" else "white"
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=paper)
-    panels = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    panels = list(figure.subplots(1, columns, sharey=one_scale, squeeze=False)[0])
     for axes in panels:
         _calm(axes)
     return figure, panels
@@ -244,9 +247,9 @@ Row = Callable[["Axes", int, str, Study, Trial], None]
 def _rows(study: Study, form: Form, name: str, draw: Row) -> bytes:
     """TTFT on the left, TPOT on the right, one row per engine, best on top."""
     trials = [t for t in measured(study) if {"ttft_ms", "tpot_ms"} <= t.metrics.keys()]
-    figure, panels = _canvas(7.6, 1.0 + 0.42 * max(len(trials), 3), form, columns=2)
+    figure, panels = canvas(7.6, 1.0 + 0.42 * max(len(trials), 3), form, columns=2)
     if not trials:
-        return _render(_say_empty(figure, panels), name, form)
+        return render(_say_empty(figure, panels), name, form)
     for axes, metric in zip(panels, ("ttft_ms", "tpot_ms"), strict=True):
         for row, trial in enumerate(trials):
             draw(axes, row, metric, study, trial)
@@ -257,7 +260,7 @@ def _rows(study: Study, form: Form, name: str, draw: Row) -> bytes:
         axes.spines["left"].set_visible(False)
     panels[0].set_yticks(range(len(trials)), [t.id for t in trials])
     panels[0].set_ylim(len(trials) - 0.5, -0.5)
-    return _render(figure, name, form)
+    return render(figure, name, form)
 
 
 def _draw_interval(axes: Axes, row: int, name: str, study: Study, trial: Trial) -> None:
@@ -324,7 +327,7 @@ def _say_empty(figure: Figure, panels: Sequence[Axes], words: str = "nothing was
     return figure
 
 
-def _render(figure: Figure, name: str, form: Form) -> bytes:
+def render(figure: Figure, name: str, form: Form) -> bytes:
     """PNG bytes, or the bytes of an SVG element to put into a page."""
     file = io.BytesIO()
     if form == "svg":

@@ -15,6 +15,7 @@ from open_autoglm.errors import UserError
 from open_autoglm.monitoring.judge import Policy
 from open_autoglm.monitoring.shift import ShiftPolicy
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
+from open_autoglm.schemas.ladder import Rung
 from open_autoglm.schemas.request import OptimizeSpec
 from open_autoglm.schemas.watch import Slo
 from open_autoglm.units import Duration
@@ -65,12 +66,12 @@ class JudgeSpec(Model):
 class ActionSpec(Model):
     """What may be done about a breach, from the ladder's first rung on."""
 
-    highest_rung: int = Field(
-        2, ge=0, le=2, description="0: tune what runs, 1: quantise further, 2: the whole search, also pruning"
+    highest_rung: Rung = Field(
+        "quantise", description="quantise: every engine and precision; prune: then heads, too"
     )
-    canary_weight: float = Field(0, ge=0, le=50, description="per cent of the callers that meet a challenger")
-    shadow_weight: float = Field(10, ge=0, le=100, description="per cent of the prompts asked of both")
-    require_approval: bool = Field(True, description="a person says yes before a challenger is promoted")
+    canary_weight: float = Field(5, ge=0, le=50, description="per cent of the callers that meet a challenger")
+    shadow_weight: float = Field(20, ge=0, le=100, description="per cent of the prompts asked of both")
+    require_approval: bool = Field(False, description="a person says yes before a challenger is tried")
 
 
 class WatchSpec(Model):

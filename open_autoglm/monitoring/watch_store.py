@@ -18,7 +18,7 @@ from open_autoglm.monitoring.baseline import Baseline
 from open_autoglm.monitoring.judge import JudgeState
 from open_autoglm.monitoring.lesson import Lesson
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
-from open_autoglm.schemas.watch import Judgement, LatencyWindow
+from open_autoglm.schemas.watch import EndpointProbe, Judgement, LatencyWindow
 
 _MOST_HISTORY_BYTES = 32 * 2**20
 """About three months of a look every quarter of an hour; the three before are kept, too."""
@@ -92,6 +92,35 @@ class WatchStore:
         return (
             self._folder / "baselines" / f"{_file_name(version or 'unregistered')}-{_file_name(digest)}.json"
         )
+
+    # ── good times ───────────────────────────────────────────────────────────────────────────────
+
+    def probe(self, digest: str) -> EndpointProbe | None:
+        """Of the bundle when nothing was wrong with it; None if none was taken that can be read."""
+        try:
+            return EndpointProbe.model_validate_json(self._probe_file(digest).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def keep_probe(self, probe: EndpointProbe) -> str | None:
+        """Write it; why that is not possible, in words."""
+        try:
+            write_atomic(self._probe_file(probe.bundle_digest), probe.model_dump_json())
+        except OSError as error:
+            return f"the probe cannot be kept: {_first_line(error)}"
+        return None
+
+    def _probe_file(self, digest: str) -> Path:
+        return self._folder / "probes" / f"{_file_name(digest)}.json"
+
+    def good_window(self, digest: str) -> LatencyWindow | None:
+        """The last one of this bundle in which all was well."""
+        found = None
+        for judgement in self.history():
+            window = judgement.window
+            if judgement.state == "ok" and window is not None and window.bundle_digest == digest:
+                found = window
+        return found
 
     # ── what grows ───────────────────────────────────────────────────────────────────────────────
 

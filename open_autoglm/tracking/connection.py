@@ -80,6 +80,13 @@ class Connection:
         sentence = f"MLflow at {self.uri} cannot be used ({_root_cause(error)}): start it, or correct "
         return Unreachable(without_password(sentence) + "AUTOGLM_TRACKING_URI")
 
+    def _run(self, experiment_id: str, tag: str, value: str, *, name: str, parent: str | None) -> str:
+        """The run whose ``tag`` is ``value``, created if there is none."""
+        for run in self._client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1):
+            return str(run.info.run_id)
+        tags = {tag: value} | ({"mlflow.parentRunId": parent} if parent else {})
+        return str(self._client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
+
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 

@@ -72,10 +72,3 @@ class Studies(Connection):
         """Where a run can be found, with nothing registered."""
         experiment_id = str(self._client.get_run(run_id).info.experiment_id)
         return Registration(tracking_uri=self.uri, experiment_id=experiment_id, run_id=run_id)
-
-    def _run(self, experiment_id: str, tag: str, value: str, *, name: str, parent: str | None) -> str:
-        """The run whose ``tag`` is ``value``, created if there is none."""
-        for run in self._client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1):
-            return str(run.info.run_id)
-        tags = {tag: value} | ({"mlflow.parentRunId": parent} if parent else {})
-        return str(self._client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)

@@ -1,0 +1,121 @@
+"""From a breach to its cause: what the serving host is asked, and what its answer is held against.
+
+A probe taken in good times, once for each bundle, is kept beside the watch's memory; until there is one, the
+study's own figures stand in.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+from pydantic import ValidationError
+
+from open_autoglm.bundle import open_bundle
+from open_autoglm.errors import UserError
+from open_autoglm.monitoring.cause import name_cause
+from open_autoglm.monitoring.golden import study_baseline
+from open_autoglm.monitoring.watch_store import WatchStore
+from open_autoglm.monitoring.windows import NoWindow
+from open_autoglm.schemas import Cause, EndpointProbe, Judgement, RequestShape, Stage
+from open_autoglm.serving.local import LocalEndpoint, local_endpoints
+
+PROBE_S = 30.0
+_SPARE_S = 30.0
+"""For clients that are answered first, and for the probe's own end."""
+
+
+class Served(NamedTuple):
+    """The endpoint of this user on this machine that has the bundle which is judged."""
+
+    here: LocalEndpoint
+    bundle: Path
+
+
+def find_served(home: Path, digest: str) -> Served | NoWindow:
+    """Who answers with the bundle whose digest begins so."""
+    for here in local_endpoints(home):
+        try:
+            champion = _ask(here, "GET", "/admin/fleet", timeout_s=10).json()["champion"]
+        except (httpx.HTTPError, KeyError, ValueError):
+            continue  # another version's, or on its way out
+        if str(champion["bundle_digest"]).startswith(digest):
+            return Served(here, Path(champion["bundle"]))
+    return NoWindow(f"no endpoint of this user on this machine has bundle {digest} as its champion")
+
+
+def take_probe(served: Served, seconds: float = PROBE_S) -> EndpointProbe | NoWindow:
+    """Half a minute on the serving host, in the endpoint's own process."""
+    try:
+        response = _ask(served.here, "POST", "/admin/probe", {"seconds": seconds}, seconds + _SPARE_S)
+        return EndpointProbe.model_validate_json(response.content)
+    except httpx.HTTPError as error:
+        return NoWindow(f"the endpoint at {served.here.url} could not be probed: {error}")
+    except ValidationError as error:
+        told = error.errors()[0]["msg"]
+        return NoWindow(f"the endpoint at {served.here.url} answered with no probe: {told}")
+
+
+def _ask(
+    here: LocalEndpoint, method: str, path: str, body: dict[str, float] | None = None, timeout_s: float = 10
+) -> httpx.Response:
+    trusted = ssl.create_default_context(cafile=here.certificate) if here.certificate else True
+    headers = {"Authorization": f"Bearer {here.token}"}
+    with httpx.Client(verify=trusted, trust_env=False, timeout=timeout_s) as client:
+        return client.request(method, f"{here.url}{path}", json=body, headers=headers).raise_for_status()
+
+
+# ── what it is held against ──────────────────────────────────────────────────────────────────────
+
+
+def remember_good_times(judgement: Judgement, store: WatchStore, home: Path) -> str | None:
+    """Take a probe of a bundle that is well and has none yet; why there is none, in words."""
+    window = judgement.window
+    if judgement.state != "ok" or window is None or store.probe(window.bundle_digest) is not None:
+        return None
+    served = find_served(home, window.bundle_digest)
+    probe = served if isinstance(served, NoWindow) else take_probe(served)
+    return probe.reason if isinstance(probe, NoWindow) else store.keep_probe(probe)
+
+
+def diagnose(judgement: Judgement, store: WatchStore, home: Path) -> Cause:
+    """Why the window of a breach is as it is; `unknown`, with the reason, where that cannot be found out."""
+    now = judgement.window
+    if now is None:
+        return _unknown("there is no window to explain")
+    served = find_served(home, now.bundle_digest)
+    if isinstance(served, NoWindow):
+        return _unknown(served.reason)
+    good = store.good_window(now.bundle_digest)
+    if good is None:
+        return _unknown("there is no good window of this bundle to compare with")
+    probe = take_probe(served)
+    if isinstance(probe, NoWindow):
+        return _unknown(probe.reason)
+    baseline = store.probe(now.bundle_digest) or _of_the_study(served, probe)
+    return name_cause(good, now, probe, baseline, stage=_stage(judgement))
+
+
+def _of_the_study(served: Served, probe: EndpointProbe) -> EndpointProbe | None:
+    if probe.golden is None:
+        return None
+    shape = RequestShape(
+        batch_size=1, prompt_tokens=probe.golden.prompt_tokens, output_tokens=probe.golden.output_tokens
+    )
+    try:
+        manifest, bundle = open_bundle(served.bundle, verify=False)
+        return study_baseline(manifest, bundle.digest, shape)
+    except UserError:  # it was swapped and removed meanwhile, or holds no such figures
+        return None
+
+
+def _stage(judgement: Judgement) -> Stage:
+    """What the breach is about: the stage that its first reason names, or the whole answer."""
+    named = judgement.reasons[0].split(":")[0] if judgement.reasons else ""
+    return "ttft" if named == "ttft" else "tpot" if named == "tpot" else "e2e"
+
+
+def _unknown(reason: str) -> Cause:
+    return Cause(kind="unknown", told=reason, evidence={})

@@ -1,0 +1,18 @@
+"""Where a service's windows come from: its Prometheus if it has one, or the endpoint's own memory."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from open_autoglm.monitoring.config import WatchSpec
+from open_autoglm.monitoring.endpoint import LocalEndpoints
+from open_autoglm.monitoring.prometheus import Prometheus
+from open_autoglm.monitoring.windows import NoWindow, Source, window
+from open_autoglm.schemas import LatencyWindow
+
+
+def fetch(spec: WatchSpec, home: Path, now: datetime) -> LatencyWindow | NoWindow:
+    """The window that ends now."""
+    source: Source = LocalEndpoints(home) if spec.prometheus is None else Prometheus(spec.prometheus)
+    return window(source, spec.service, now - timedelta(seconds=spec.policy.window_s), now)

@@ -1,0 +1,113 @@
+"""Looking at what is served: one judgement, its cause, what is done about it, and what people see of it."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from typing import cast
+
+from prefect import task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+
+from open_autoglm.monitoring.answer import once_key, reoptimization
+from open_autoglm.monitoring.config import WatchSpec
+from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
+from open_autoglm.monitoring.picture import watch_figure
+from open_autoglm.monitoring.sources import fetch
+from open_autoglm.monitoring.watch import look
+from open_autoglm.monitoring.watch_store import WatchStore
+from open_autoglm.progress import announce
+from open_autoglm.schemas import Cause, Judgement
+from open_autoglm.settings import Settings
+from open_autoglm.tracking import Unreachable
+from tasks.register import tracker
+
+_SHOWN_WINDOWS = 96
+
+
+def store_of(watch: WatchSpec) -> WatchStore:
+    return WatchStore(Settings().home, watch.service)
+
+
+@task
+def judge_now(watch: WatchSpec) -> Judgement:
+    """One look. Whatever is down or odd is a judgement of no data, with its reason."""
+    home, now = Settings().home, datetime.now(UTC)
+    judgement = look(watch, lambda: fetch(watch, home, now), store_of(watch), now)
+    announce(f"{watch.service}: {judgement.state}: {'; '.join(judgement.reasons)}")
+    return judgement
+
+
+@task
+def find_cause(watch: WatchSpec, judgement: Judgement) -> Cause:
+    """Half a minute on the serving host."""
+    cause = diagnose(judgement, store_of(watch), Settings().home)
+    announce(f"cause: {cause.kind}: {cause.told}")
+    return cause
+
+
+@task
+def learn_good_times(watch: WatchSpec, judgement: Judgement) -> None:
+    """What later causes are found by: a probe of this bundle while all is well, once."""
+    if (problem := remember_good_times(judgement, store_of(watch), Settings().home)) is not None:
+        announce(f"no probe of good times yet: {problem}")
+
+
+@task(retries=2, retry_delay_seconds=[1, 5])
+def start_reoptimization(watch: WatchSpec, judgement: Judgement, cause: Cause) -> str:
+    """Begin the deployment `reoptimize`, once an hour for a model however many ask; the run's name."""
+    if judgement.window is None:
+        raise ValueError("a breach without a window has no workload to optimise for")
+    request = reoptimization(watch, judgement.window, cause, judgement.at)
+    run = cast(
+        FlowRun,
+        run_deployment(
+            "reoptimize/reoptimize",
+            parameters={"request": request.model_dump(mode="json")},
+            timeout=0,
+            idempotency_key=once_key(watch.service, judgement.at),
+            tags=["watch", watch.service],
+        ),
+    )
+    announce(f"{watch.service} is optimised again: {run.name}")
+    return run.name
+
+
+def record(judgement: Judgement, watch: WatchSpec) -> None:
+    """Show the judgement in Prefect and MLflow; an MLflow that is away is no reason not to judge."""
+    _publish(judgement, watch)
+    try:
+        tracker().log_judgement(judgement)
+    except Unreachable as error:
+        announce(f"the judgement is not in MLflow: {error}")
+
+
+def _publish(judgement: Judgement, watch: WatchSpec) -> None:
+    reasons = "\n".join(f"- {reason}" for reason in judgement.reasons)
+    cause = judgement.cause
+    why = f"\n\n### Cause: {cause.kind}\n\n{cause.told}" if cause else ""
+    create_markdown_artifact(
+        f"## {watch.service}: {judgement.state.replace('_', ' ')}\n\n{reasons}{why}",
+        key=_key("judgement", watch),
+        description=f"{watch.service} at {judgement.at:%H:%M} UTC",
+    )
+    figures = {**judgement.figures, **(cause.evidence if cause else {})}
+    create_table_artifact(
+        [{"figure": name, "value": _shown(value)} for name, value in figures.items()],
+        key=_key("figures", watch),
+    )
+    last = list(store_of(watch).history())[-_SHOWN_WINDOWS:]
+    picture = base64.b64encode(watch_figure(last, watch.policy.slo)).decode()
+    create_image_artifact(f"data:image/png;base64,{picture}", key=_key("windows", watch))
+
+
+def _key(name: str, watch: WatchSpec) -> str:
+    """Prefect's keys are lower case, digits and dashes."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in watch.service.lower())
+    return f"{name}-{plain}"
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.5g}"

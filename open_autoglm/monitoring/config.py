@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from yaml import Node
 
 _DAY_MS = 24 * 3_600_000
+_SHORTEST_MS = 5_000
+"""For a rehearsal: what is so short says little."""
 
 
 class SloSpec(Model):
@@ -50,6 +52,7 @@ class JudgeSpec(Model):
     window: Duration = Field(Duration("15min"), description="of one judgement; the schedule runs as often")
     min_requests: int = Field(50, ge=1, description="fewer in a window say nothing")
     confirm_windows: int = Field(2, ge=1, le=8, description="running, to begin a breach and to end it")
+    probe: Duration = Field(Duration("30s"), description="of endpoint and host, before a cause is named")
     cool_down: Duration = Field(Duration("6h"), description="after an act, until the next")
     baseline_windows: int = Field(
         96, ge=24, le=672, description="healthy ones before a version's first baseline: a day's"
@@ -58,8 +61,8 @@ class JudgeSpec(Model):
     @field_validator("window")
     @classmethod
     def _of_a_sensible_length(cls, window: Duration) -> Duration:
-        if not 60_000 <= window.ms <= _DAY_MS:
-            raise ValueError("a window is one minute to a day long, such as 15min")
+        if not _SHORTEST_MS <= window.ms <= _DAY_MS:
+            raise ValueError("a window is five seconds to a day long, such as 15min")
         return window
 
 
@@ -94,6 +97,10 @@ class WatchSpec(Model):
         if self.judge.cool_down.ms < self.judge.window.ms:
             raise ValueError("judge.cool_down is shorter than judge.window: each window would be acted on")
         return self
+
+    @property
+    def probe_s(self) -> float:
+        return self.judge.probe.ms / 1000
 
     @property
     def policy(self) -> Policy:

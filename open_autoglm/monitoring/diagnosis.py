@@ -22,7 +22,6 @@ from open_autoglm.monitoring.windows import NoWindow
 from open_autoglm.schemas import Cause, EndpointProbe, Judgement, RequestShape, Stage
 from open_autoglm.serving.local import LocalEndpoint, local_endpoints
 
-PROBE_S = 30.0
 _SPARE_S = 30.0
 """For clients that are answered first, and for the probe's own end."""
 
@@ -46,8 +45,8 @@ def find_served(home: Path, digest: str) -> Served | NoWindow:
     return NoWindow(f"no endpoint of this user on this machine has bundle {digest} as its champion")
 
 
-def take_probe(served: Served, seconds: float = PROBE_S) -> EndpointProbe | NoWindow:
-    """Half a minute on the serving host, in the endpoint's own process."""
+def take_probe(served: Served, seconds: float) -> EndpointProbe | NoWindow:
+    """So long on the serving host, in the endpoint's own process."""
     try:
         response = _ask(served.here, "POST", "/admin/probe", {"seconds": seconds}, seconds + _SPARE_S)
         return EndpointProbe.model_validate_json(response.content)
@@ -70,17 +69,17 @@ def _ask(
 # ── what it is held against ──────────────────────────────────────────────────────────────────────
 
 
-def remember_good_times(judgement: Judgement, store: WatchStore, home: Path) -> str | None:
+def remember_good_times(judgement: Judgement, store: WatchStore, home: Path, probe_s: float) -> str | None:
     """Take a probe of a bundle that is well and has none yet; why there is none, in words."""
     window = judgement.window
     if judgement.state != "ok" or window is None or store.probe(window.bundle_digest) is not None:
         return None
     served = find_served(home, window.bundle_digest)
-    probe = served if isinstance(served, NoWindow) else take_probe(served)
+    probe = served if isinstance(served, NoWindow) else take_probe(served, probe_s)
     return probe.reason if isinstance(probe, NoWindow) else store.keep_probe(probe)
 
 
-def diagnose(judgement: Judgement, store: WatchStore, home: Path) -> Cause:
+def diagnose(judgement: Judgement, store: WatchStore, home: Path, probe_s: float) -> Cause:
     """Why the window of a breach is as it is; `unknown`, with the reason, where that cannot be found out."""
     now = judgement.window
     if now is None:
@@ -91,7 +90,7 @@ def diagnose(judgement: Judgement, store: WatchStore, home: Path) -> Cause:
     good = store.good_window(now.bundle_digest)
     if good is None:
         return _unknown("there is no good window of this bundle to compare with")
-    probe = take_probe(served)
+    probe = take_probe(served, probe_s)
     if isinstance(probe, NoWindow):
         return _unknown(probe.reason)
     baseline = store.probe(now.bundle_digest) or _of_the_study(served, probe)

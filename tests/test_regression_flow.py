@@ -1,0 +1,171 @@
+"""A served model is watched: endpoint, Prometheus, Prefect and MLflow are real, and seconds are minutes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from endpoints import Endpoint, endpoint
+from prometheus_server import needs_prometheus, prometheus, wait_for
+from test_probe import engine_of, slowed
+
+from open_autoglm.schemas import Judgement
+from open_autoglm.settings import Settings
+
+NAME = "tiny"
+WINDOW_S = 6.0
+
+WATCH = """
+service: tiny
+endpoint: {endpoint}
+prometheus: {prometheus}
+slo:
+  e2e_p95: 100ms
+judge: {{window: 6s, min_requests: 5, confirm_windows: 2, probe: 3s, cool_down: 1h}}
+action: {{canary_weight: 10, shadow_weight: 20}}
+optimize: {{model_path: {model}, max_latency: 1s}}
+"""
+
+SCRAPES = """
+global: {{scrape_interval: 500ms, scrape_timeout: 500ms}}
+scrape_configs:
+  - job_name: autoglm
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+
+pytestmark = [needs_prometheus, pytest.mark.usefixtures("prefect_harness")]
+
+
+@contextmanager
+def callers(url: str) -> Iterator[list[int]]:
+    """Ask again and again, with pauses in which nobody is answered; the answers' statuses."""
+    ended = threading.Event()
+    statuses: list[int] = []
+
+    def ask() -> None:
+        body = {"model": NAME, "prompt": "The capital of France is", "max_tokens": 24, "ignore_eos": True}
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not ended.is_set():
+                statuses.append(client.post("/v1/completions", json=body).status_code)
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield statuses
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def served(tiny_bundle: Path, tmp_path: Path) -> Iterator[Endpoint]:
+    options = ("--name", NAME, "--max-tokens", "200", "--slo-e2e", "100ms")
+    with endpoint(tiny_bundle, tmp_path / "home", *options) as server:
+        yield server
+
+
+@pytest.fixture
+def config(
+    served: Endpoint, tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    monkeypatch.setenv("AUTOGLM_HOME", str(served.home))
+    monkeypatch.delenv("AUTOGLM_TRACKING_URI", raising=False)
+    scrapes = tmp_path / "prometheus.yml"
+    scrapes.write_text(SCRAPES.format(target=served.url.removeprefix("http://")))
+    with prometheus(tmp_path, scrapes) as url:
+        wait_for(lambda: known(url))  # it takes seconds to look at its targets for the first time
+        watch = tmp_path / "tiny.yaml"
+        watch.write_text(WATCH.format(endpoint=served.url, prometheus=url, model=tiny_glm))
+        yield watch
+
+
+def known(url: str) -> bool:
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": "autoglm_model_info"}).json()
+    return bool(answer["data"]["result"])
+
+
+def judge(config: Path) -> Judgement:
+    """At the end of the next window."""
+    from flows.regression import regression
+
+    time.sleep(WINDOW_S)
+    judgement: Judgement = regression(str(config))
+    return judgement
+
+
+def deploy() -> None:
+    """What `prefect deploy` does with the flow that is started; no worker takes its runs."""
+    from flows.reoptimize import reoptimize
+
+    reoptimize.to_deployment("reoptimize").apply()
+
+
+def started() -> list[Any]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("reoptimize/reoptimize")
+        return [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
+
+
+def test_a_slow_engine_is_found_explained_and_answered(served: Endpoint, config: Path) -> None:
+    """Well, then breached in two windows running, then optimised again, once; nobody's request is lost."""
+    deploy()
+    with callers(served.url) as statuses:
+        wait_for(lambda: len(statuses) > 5)
+        well = judge(config)
+        assert well.state == "ok", well.reasons
+        with slowed(engine_of(served), stopped_s=0.095, running_s=0.005):
+            found = [judge(config) for _ in range(3)]
+    acted = [judgement for judgement in found if judgement.act]
+    assert [judgement.state for judgement in acted] == ["breached"], [one.reasons for one in found]
+    cause = acted[0].cause
+    assert cause is not None
+    assert cause.kind in ("engine", "environment"), cause  # the host of the tests may be busy, too
+    runs = started()
+    assert len(runs) == (cause.kind == "engine")
+    for run in runs:
+        request = run.parameters["request"]
+        assert request["reason"].startswith("engine: ")
+        assert request["spec"]["output_tokens"] == 24
+        assert request["canary"] == {"weight_percent": 10, "shadow_percent": 20}
+    assert set(statuses) == {200}
+    check_records(acted[0])
+
+
+def check_records(acted: Judgement) -> None:
+    """What people find in Prefect and in MLflow."""
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        keys = {artifact.key for artifact in client.read_artifacts()}
+    assert {"judgement-tiny", "figures-tiny", "windows-tiny"} <= keys
+    client = MlflowClient(Settings().mlflow_uri)
+    experiment = client.get_experiment_by_name("open-autoglm/tiny")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["breached"] == 1
+    assert run.data.metrics["e2e_p95_ms"] > 100
+    assert acted.window is not None
+    assert acted.window.bundle_digest in run.info.run_name
+    assert client.list_artifacts(run.info.run_id, "breaches")
+
+
+def test_nothing_is_known_without_prometheus(config: Path) -> None:
+    """A server that is down is no data with a reason, and never healthy."""
+    from flows.regression import regression
+
+    text = config.read_text()
+    url = next(line for line in text.splitlines() if line.startswith("prometheus: "))
+    config.write_text(text.replace(url, "prometheus: http://127.0.0.1:9"))
+    judgement: Judgement = regression(str(config))
+    assert judgement.state == "no_data"
+    assert "does not answer" in judgement.reasons[0]

@@ -111,6 +111,7 @@ def read_watch_spec(path: Path) -> WatchSpec:
 
     try:
         text = path.read_text()
+        _refuse_aliases(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_twice(path, root)
         content = yaml.safe_load(text)
@@ -130,6 +131,16 @@ def read_watch_spec(path: Path) -> WatchSpec:
     except ValidationError as error:
         told = [f"{path}:{_line(root, e['loc'])}: {_words(e)}" for e in error.errors()]
         raise UserError("\n".join(told)) from None
+
+
+def _refuse_aliases(path: Path, text: str) -> None:
+    """A few lines of them can stand for more than memory holds, or for themselves."""
+    import yaml
+
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise UserError(f"{path}:{line}: `*{event.anchor}` stands for another place: write it out")
 
 
 def _refuse_twice(path: Path, root: Node | None) -> None:

@@ -110,7 +110,7 @@ def read_watch_spec(path: Path) -> WatchSpec:
     import yaml
 
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         _refuse_aliases(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_twice(path, root)
@@ -124,6 +124,10 @@ def read_watch_spec(path: Path) -> WatchSpec:
         raise UserError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: this is not YAML: {error}") from None
+    except ValueError as error:  # what looks like a date and is none
+        raise UserError(f"{path}: a value in it cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: a watch has two levels") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}:1: a watch is a mapping that begins with `service: NAME`")
     try:

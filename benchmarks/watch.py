@@ -32,15 +32,16 @@ LEARNED = 7 * DAY
 SOON, TODAY = 2, DAY
 """Full windows within which 20 %, and 10 %, must have been found."""
 
-HOSTS = (
-    Host(drift=0.02, lasts_h=2),
-    Host(drift=0.03, lasts_h=2),
-    Host(drift=0.04, lasts_h=2),
-    Host(drift=0.05, lasts_h=2),
-    Host(drift=0.05, lasts_h=8),
-)
-USUAL = HOSTS[1]
+USUAL = Host(drift=0.03, lasts_h=2)
 """The one that faults of all kinds are tried on."""
+
+HOSTS = (
+    USUAL,
+    Host(drift=0.05, lasts_h=8),
+    Host(drift=0.02, lasts_h=2),
+    Host(drift=0.05, lasts_h=2),
+    Host(drift=0.04, lasts_h=2),
+)
 
 FAULTS: Mapping[str, Mapping[str, float]] = {
     "load": {"demand": 3.0},
@@ -231,16 +232,16 @@ promise is broken, which at night they may not do.
 
 @click.command()
 @click.option("--healthy", default=20, show_default=True, help="Healthy months per kind of host")
-@click.option("--faulty", default=60, show_default=True, help="Hosts per kind that each fault befalls")
+@click.option("--faulty", default=40, show_default=True, help="Hosts per kind that each fault befalls")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(healthy: int, faulty: int, output: Path) -> None:
     """Print the tables as Markdown, and keep them with the raw results as ``watch.md`` and ``watch.json``."""
-    cells = []
+    cells: list[Cell] = []
     for host in HOSTS:
-        cells.append(run_cell(host, healthy, faulty))
-        click.echo(shift_table(cells).splitlines()[-1], err=True)
-    write_atomic(output / "watch.json", json.dumps([cell.model_dump() for cell in cells], indent=1) + "\n")
-    write_atomic(output / "watch.md", report(cells))
+        cells = sorted([*cells, run_cell(host, healthy, faulty)], key=lambda cell: (cell.lasts_h, cell.drift))
+        content = json.dumps([cell.model_dump() for cell in cells], indent=1)
+        write_atomic(output / "watch.json", content + "\n")
+        write_atomic(output / "watch.md", report(cells))  # a run that is stopped has published what it has
     click.echo(report(cells))
 
 

@@ -118,7 +118,8 @@ def read_watch_spec(path: Path) -> WatchSpec:
     import yaml
 
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+        _refuse_aliases(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_twice(path, root)
         content = yaml.safe_load(text)
@@ -131,6 +132,10 @@ def read_watch_spec(path: Path) -> WatchSpec:
         raise UserError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: this is not YAML: {error}") from None
+    except ValueError as error:  # what looks like a date and is none
+        raise UserError(f"{path}: a value in it cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: a watch has two levels") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}:1: a watch is a mapping that begins with `service: NAME`")
     try:
@@ -138,6 +143,16 @@ def read_watch_spec(path: Path) -> WatchSpec:
     except ValidationError as error:
         told = [f"{path}:{_line(root, e['loc'])}: {_words(e)}" for e in error.errors()]
         raise UserError("\n".join(told)) from None
+
+
+def _refuse_aliases(path: Path, text: str) -> None:
+    """A few lines of them can stand for more than memory holds, or for themselves."""
+    import yaml
+
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise UserError(f"{path}:{line}: `*{event.anchor}` stands for another place: write it out")
 
 
 def _refuse_twice(path: Path, root: Node | None) -> None:

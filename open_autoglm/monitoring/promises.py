@@ -56,9 +56,7 @@ def _times(window: LatencyWindow, slo: Slo) -> Iterator[Kept]:
         bad, counted_ms = _above(times, bound_ms)
         told = f"{stage}: {bad} of {times.count} answers were over {number(bound_ms)} ms; 5 % may be"
         if counted_ms != bound_ms:
-            told += (
-                f" (counted from {number(counted_ms)} ms, since its buckets do not end at {number(bound_ms)})"
-            )
+            told += f" (counted from {number(counted_ms)} ms: no bucket ends at {number(bound_ms)} ms)"
         yield _kept(stage, bad, times.count, ABOVE_P95, told)
 
 

@@ -36,7 +36,8 @@ class ShiftPolicy(Model):
     """What counts as slower, and how seldom that may be said wrongly."""
 
     floor: float = Field(0.05, ge=0, description="no window counts as slow that is less above, as a share")
-    jump_sigmas: float = Field(4.0, gt=0, description="of a forecast's error, in each window of a jump")
+    least_jump: float = Field(0.08, ge=0, description="the same, for a jump")
+    jump_sigmas: float = Field(4.25, gt=0, description="of a forecast's error, in each window of a jump")
     quiet_windows: float = Field(96_000, gt=0, description="between two false alarms of a level, on average")
     level_lesson: int = Field(
         384, ge=1, description="windows that a baseline must be of before its level is believed to 10 %"
@@ -93,7 +94,7 @@ def follow(
     sigmas = _jump_sigmas(recent, expectation.noise, policy)
     needed = _quantile(policy.jump_sigmas, expectation.windows)
     finding = Finding(
-        jump=agreed and sigmas >= needed,
+        jump=agreed and least >= math.log1p(policy.least_jump) and sigmas >= needed,
         level=agreed and above >= policy.confirm,
         sigmas=sigmas,
         sum=total,

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-_START_S = 30
+_START_S = 60
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="Prometheus is not installed: apt-get install prometheus"

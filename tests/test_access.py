@@ -18,6 +18,9 @@ from endpoints import Endpoint, endpoint, metric
 
 from open_autoglm.cli.main import cli
 from open_autoglm.errors import UserError
+from open_autoglm.monitoring.endpoint import LocalEndpoints
+from open_autoglm.monitoring.windows import NoWindow, window
+from open_autoglm.schemas import LatencyWindow
 from open_autoglm.serving.access import Access, AccessOptions, known_hosts
 from open_autoglm.serving.keys import Bucket, Key, digest_of_key, find, keys_of, read_keys
 from open_autoglm.serving.local import LocalEndpoint, announced, local_endpoints
@@ -403,6 +406,26 @@ def test_commands_of_this_user_may_administer_it(secured: Endpoint, https: httpx
     for secret in (ADMIN, here.token):
         assert https.get("/admin/none", headers=bearer(secret)).status_code == 404
     assert here.token not in Path(f"/proc/{secured.process.pid}/cmdline").read_text()
+
+
+def test_what_it_did_is_known_over_tls(secured: Endpoint, https: httpx.Client) -> None:
+    """To commands of this user, and a certificate that is gone is a reason."""
+    body = {"model": NAME, "prompt": "The capital", "max_tokens": 2}
+    assert https.post("/v1/completions", json=body, headers=bearer(ASK)).status_code == 200
+
+    def look() -> LatencyWindow | NoWindow:
+        now = datetime.datetime.now(datetime.UTC)
+        return window(LocalEndpoints(secured.home), NAME, now - datetime.timedelta(minutes=15), now)
+
+    found = look()
+    assert isinstance(found, LatencyWindow)
+    assert found.requests >= 1
+    certificate = secured.home / "server.crt"
+    kept = certificate.rename(secured.home / "kept.crt")
+    found = look()
+    kept.rename(certificate)
+    assert isinstance(found, NoWindow)
+    assert found.reason.endswith("cannot be read: No such file or directory")
 
 
 def test_a_secured_server_ends_without_traces(secured: Endpoint) -> None:

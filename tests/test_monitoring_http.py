@@ -81,8 +81,8 @@ WRONG: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "a part": (encoded({**EMPTY, "warnings": ["a store is away"]}), {}, "only in part: a store is away"),
     "another clock": (encoded(EMPTY), {"behind_s": 300}, "s behind ours"),
     "a fast clock": (encoded(EMPTY), {"behind_s": -60}, "s ahead of ours"),
-    "silence": (encoded(EMPTY), {"wait_s": 3}, "did not answer in time"),
-    "a trickle": (b" ", {"wait_s": 0.2, "parts": 40}, "had not answered after 1 s"),
+    "silence": (encoded(EMPTY), {"wait_s": 60}, "did not answer in time"),
+    "a trickle": (b" ", {"wait_s": 0.2, "parts": 300}, "had not answered after 1 s"),
     "a flood": (b" " * (1 << 20), {"parts": 3}, "more than 1 MiB"),
 }
 
@@ -90,13 +90,14 @@ WRONG: dict[str, tuple[bytes, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_with_prometheus_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is told within the limit, so that a look each quarter of an hour never hangs."""
-    monkeypatch.setattr(http, "TOTAL_S", 1.0)
-    monkeypatch.setattr(http, "_MOST_BYTES", 1 << 20)
     body, how, told = WRONG[name]
+    if "wait_s" in how:
+        monkeypatch.setattr(http, "TOTAL_S", 1.0)
+    monkeypatch.setattr(http, "_MOST_BYTES", 1 << 20)
     with serving(body, **how) as url:
         began = time.monotonic()
         found = reason(Prometheus(url))
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 20
     assert told in found
     assert found.startswith(("Prometheus at ", "the clock of Prometheus at "))
 
@@ -110,15 +111,20 @@ def test_a_prometheus_that_is_down_is_told_without_its_password() -> None:
 
 
 def test_an_endpoint_of_another_time_is_told(tmp_path: Path) -> None:
-    history = {"now_s": time.time() + 40, "started_s": 0, "times_s": [], "boot_s": [], "series": []}
+    history = {"now_s": time.time() + 400, "started_s": 0, "times_s": [], "boot_s": [], "series": []}
     with serving(encoded(history)) as url:
         here = LocalEndpoint(url=url, pid=os.getpid(), token="key")
         with announced(tmp_path, 1234, here):
-            assert reason(LocalEndpoints(tmp_path)).startswith(f"the clock of the endpoint at {url} is 4")
+            found = reason(LocalEndpoints(tmp_path))
+    assert found.startswith(f"the clock of the endpoint at {url} is ")
+    assert found.endswith(" s ahead of ours")
     assert reason(LocalEndpoints(tmp_path)).startswith("no endpoint runs here")
 
 
-def test_an_endpoint_that_serves_something_else_is_told(tmp_path: Path) -> None:
+def test_an_endpoint_that_serves_something_else_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_CLOCKS_S", 600)  # of this answer, which is always the same
     history = {"now_s": time.time(), "started_s": 0, "times_s": [], "boot_s": [], "series": []}
     with serving(encoded(history)) as url, serving(b"{}") as other:
         for port, address in ((1, url), (2, other)):

@@ -52,12 +52,16 @@ class LocalEndpoints:
 
 def _history(endpoint: LocalEndpoint, begin: datetime, end: datetime) -> History | NoWindow:
     who = f"the endpoint at {endpoint.url}"
+    try:
+        trusted = ssl.create_default_context(cafile=endpoint.certificate) if endpoint.certificate else None
+    except OSError as error:
+        return NoWindow(f"the certificate of {who}, {endpoint.certificate}, cannot be read: {error.strerror}")
     answer = ask(
         who,
         f"{endpoint.url}/admin/history",
         parameters={"begin": begin.isoformat(), "end": end.isoformat()},
         headers={"Authorization": f"Bearer {endpoint.token}"},
-        trusted=ssl.create_default_context(cafile=endpoint.certificate) if endpoint.certificate else None,
+        trusted=trusted,
         local=True,
     )
     if isinstance(answer, NoWindow):

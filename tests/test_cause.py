@@ -169,6 +169,12 @@ def test_another_library_is_the_environment() -> None:
     assert "onnxruntime was 1.26.0 and is 1.27.0" in cause.told
 
 
+def test_the_engine_is_not_blamed_before_the_host_was_looked_at() -> None:
+    cause = named(window(**SLOWER), probe(golden(1.8)).model_copy(update={"host": None}))
+    assert cause.kind == "unknown"
+    assert "nobody looked at the host" in cause.told
+
+
 def test_slow_writing_alone_is_seen() -> None:
     cause = named(window(write_ms=1500), probe(golden(1.0, writing=1.67)))
     assert cause.kind == "engine"

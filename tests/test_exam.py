@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from open_autoglm.serving import exam
 from open_autoglm.serving.api import create_app
 from open_autoglm.serving.exam import Check, Exam, examine
 from open_autoglm.serving.messages import Generation, Sampling, Token
-from open_autoglm.serving.replay import GaveWay, replay
+from open_autoglm.serving.replay import GaveWay, Replay, replay
 from open_autoglm.serving.service import Asked, Service
 
 TEXTS = ("The capital of France is", "A model reads a prompt one token at a time and then")
@@ -257,6 +258,23 @@ def test_a_replay_gives_way(loop: Loop, running: Service) -> None:
         return running.engine.load.running
 
     assert loop.runner.run(give_way()) == 0
+
+
+def test_what_gave_way_tells_what_it_had(loop: Loop, running: Service) -> None:
+    """The tokens before the one at which somebody was found to have come; of one token nothing is left."""
+
+    async def until(most: int) -> Replay | None:
+        asked = itertools.count(1)
+        with pytest.raises(GaveWay) as given_up:
+            await replay(running, (5, 6, 7), 20, unless=lambda: next(asked) >= most)
+        return given_up.value.until_then
+
+    whole = loop.runner.run(replay(running, (5, 6, 7), 20))
+    found = loop.runner.run(until(4))
+    assert found is not None
+    assert found.tokens == whole.tokens[:3]
+    assert 0 < found.ttft_ms < found.e2e_ms
+    assert loop.runner.run(until(1)) is None
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────

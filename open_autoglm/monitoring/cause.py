@@ -182,6 +182,8 @@ class _Case:
                 "unknown",
                 f"{told} have no cause that is seen; the likeliest, {kind}, explains {share:.0%}",
             )
+        if kind == "engine" and self.probe.host is None:
+            return "unknown", f"{of_it}: {self._slower_words()}, but nobody looked at the host"
         return kind, f"{of_it}: {self._why(kind)}"
 
     def _of_refusals(self, before: int, now: int) -> tuple[CauseKind, str]:
@@ -224,7 +226,7 @@ class _Case:
         found: dict[str, float | str] = {"speed_known_by": self.speed_from}
         for kind, ms in self.explained_ms.items():
             found["unexplained_ms" if kind == "unknown" else f"{kind}_ms"] = ms
-        found |= {f"{name}": ms for name, ms in self.parts._asdict().items()}
+        found |= self.parts._asdict()
         found |= {f"{driver}_growth_log": grown for driver, grown in self.growth.items()}
         found["growth_by_chance_log"] = self.floor
         return found | _golden_evidence(self.golden, self.probe) | _host_evidence(self.probe, self.signs)

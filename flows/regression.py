@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
 from open_autoglm.monitoring.answer import is_curable
-from open_autoglm.monitoring.config import read_watch_spec
+from open_autoglm.monitoring.config import read_watch_spec, watch_file
 from open_autoglm.schemas import Judgement
+from open_autoglm.settings import Settings
 from tasks.monitor import find_cause, judge_now, learn_good_times, record, start_reoptimization
 
 
 @flow(name="regression", flow_run_name="regression-{config}")
 def regression(config: str) -> Judgement:
-    """Judge the last window of the service that ``config``, a file like infra/watch/demo-glm.yaml, is about.
+    """Judge the last window of the service that ``config`` is about: its name, or a file like
+    infra/watch/demo-glm.yaml.
 
     A breach is acted on when it is confirmed and nothing was done lately: its cause is found first. A slower
     engine or another traffic mix is a reason to optimise again; more callers or a busy host are told.
     """
-    watch = read_watch_spec(Path(config))
+    watch = read_watch_spec(watch_file(config, Settings().home))
     judgement = judge_now(watch)
     if judgement.act:
         cause = find_cause(watch, judgement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import alert_bridge
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -21,9 +22,9 @@ DEPLOYMENTS = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deploym
 each_deployment = pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
 
 
-def refused(parameters: dict[str, Any]) -> list[str]:
+def refused(parameters: dict[str, Any], flow: Flow[..., Any] = optimize) -> list[str]:
     """What Prefect's server has against the parameters of a new run."""
-    schema = parameter_schema(optimize).model_dump_for_openapi()
+    schema = parameter_schema(flow).model_dump_for_openapi()
     return [error.message for error in validate(parameters, schema, raise_on_error=False)]
 
 
@@ -33,7 +34,7 @@ def test_entrypoint_is_a_flow_whose_parameters_fit(deployment: dict[str, Any]) -
     flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
     assert isinstance(flow, Flow)
     flow.validate_parameters(deployment["parameters"])
-    assert refused(deployment["parameters"]) == []
+    assert refused(deployment["parameters"], flow) == []
 
 
 @each_deployment
@@ -45,10 +46,17 @@ def test_schedules_are_valid(deployment: dict[str, Any]) -> None:
     assert len(set(slugs)) == len(slugs)
 
 
-def test_one_study_at_a_time() -> None:
-    """A second study waits for the first instead of disturbing its timings."""
-    (deployment,) = DEPLOYMENTS
+@each_deployment
+def test_one_run_at_a_time(deployment: dict[str, Any]) -> None:
+    """A second study waits for the first instead of disturbing its timings, a second look for the first."""
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+def test_an_alert_starts_a_look() -> None:
+    """The event that the bridge tells is the one that is waited for, and names the service."""
+    (trigger,) = next(d["triggers"] for d in DEPLOYMENTS if d["name"] == "regression")
+    assert trigger["expect"] == [alert_bridge.EVENT]
+    assert trigger["parameters"] == {"config": "{{ event.payload.service }}"}
 
 
 def test_form_offers_the_installed_engines() -> None:

@@ -238,11 +238,11 @@ def swap(source: str, **arguments: Any) -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config")
 @click.option("--once", is_flag=True, help="One judgement; exit code 0 ok, 3 breached, 4 no data.")
 @click.option("--json", "as_json", is_flag=True, help="Print each judgement as one JSON object instead.")
-def watch(config: Path, **arguments: Any) -> None:
-    """Judge what is served by its promise and its own baseline, as CONFIG says (infra/watch/*.yaml)."""
+def watch(config: str, **arguments: Any) -> None:
+    """Judge what is served by its promise and its own baseline, as CONFIG says: a name, or a file."""
     from open_autoglm.cli.watch import run_watch
 
     sys.exit(run_watch(config, **arguments))

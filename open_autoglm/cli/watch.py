@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import click
 
-from open_autoglm.monitoring.config import WatchSpec, read_watch_spec
+from open_autoglm.monitoring.config import WatchSpec, read_watch_spec, watch_file
 from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
 from open_autoglm.monitoring.sources import fetch
 from open_autoglm.monitoring.watch import look
@@ -19,12 +18,12 @@ from open_autoglm.settings import Settings
 EXIT_CODES = {"ok": 0, "breached": 3, "no_data": 4}
 
 
-def run_watch(config: Path, *, once: bool, as_json: bool) -> int:
+def run_watch(config: str, *, once: bool, as_json: bool) -> int:
     """Judge the last window, or one after the other until interrupted. Starts nothing: that is the flow's.
 
     Returns 0 if all is well, 3 at a breach, 4 where there is nothing to judge by.
     """
-    watch = read_watch_spec(config)
+    watch = read_watch_spec(watch_file(config, Settings().home))
     while True:
         judgement = _look(watch)
         click.echo(judgement.model_dump_json() if as_json else _words(judgement))

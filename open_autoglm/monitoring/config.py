@@ -5,6 +5,7 @@ Everything wrong with it is told at once, each with its line and how to mend it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +24,7 @@ from open_autoglm.units import Duration
 if TYPE_CHECKING:
     from yaml import Node
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DAY_MS = 24 * 3_600_000
 _SHORTEST_MS = 5_000
 """For a rehearsal: what is so short says little."""
@@ -81,7 +83,7 @@ class WatchSpec(Model):
     """One service and how it is watched."""
 
     format_version: int = Field(FORMAT_VERSION, ge=FORMAT_VERSION, le=FORMAT_VERSION)
-    service: str = Field(description="the model's public name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    service: str = Field(description="the model's public name", pattern=f"^{_NAME.pattern}$")
     endpoint: str = Field(description="its address", pattern=r"^https?://[^\s]+$")
     prometheus: str | None = Field(
         None, description="address of a Prometheus that reads it; without, the endpoint is read itself",
@@ -111,6 +113,21 @@ class WatchSpec(Model):
             shift=ShiftPolicy(confirm=self.judge.confirm_windows),
             cool_down_s=self.judge.cool_down.ms / 1000,
         )
+
+
+def watch_file(named: str, home: Path) -> Path:
+    """The file itself, or that of a service: ``home/watches/NAME.yaml``, or the checkout's own.
+
+    Raises UserError if there is none.
+    """
+    given = Path(named)
+    if given.suffix in (".yaml", ".yml"):
+        return given
+    places = [home / "watches" / f"{named}.yaml", Path("infra/watch") / f"{named}.yaml"]
+    for place in places:
+        if _NAME.fullmatch(named) and place.is_file():
+            return place
+    raise UserError(f"no watch is known as {named!r}: write {places[0]}, like infra/watch/demo-glm.yaml")
 
 
 def read_watch_spec(path: Path) -> WatchSpec:

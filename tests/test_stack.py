@@ -147,7 +147,7 @@ def test_no_mlflow_server_if_studies_go_to_another_one(tmp_path: Path) -> None:
 
 
 def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:
-    """The whole stack comes up, offers the deployment, buries runs of a killed worker, and goes down."""
+    """The whole stack comes up, offers the deployments, buries runs of a killed worker, and goes down."""
     settings = Settings(home=tmp_path / "home", prefect_port=free_port(), mlflow_port=free_port())
     environment = stack.environment(settings)
 
@@ -160,7 +160,11 @@ def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:
 
     try:
         assert run("up") == 0
-        (deployment,) = ask("deployments/filter", {})
+        deployments = {found["name"]: found for found in ask("deployments/filter", {})}
+        assert set(deployments) == {"optimize", "reoptimize", "regression"}
+        (automation,) = ask("automations/filter", {})
+        assert automation["actions"][0]["parameters"] == {"config": "{{ event.payload.service }}"}
+        deployment = deployments["optimize"]
         assert deployment["global_concurrency_limit"]["limit"] == 1
         assert [schedule["active"] for schedule in deployment["schedules"]] == [True]
         assert deployment["parameters"] == {"spec": {"model_path": f"{settings.home}/demo-glm"}}

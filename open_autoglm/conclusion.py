@@ -157,7 +157,10 @@ def deliver(study: Study, golden: Sequence[GoldenPrompt], tracker: Tracker, pare
 
 def _files_of(root: Path, trial: Trial) -> list[Path]:
     named = (trial.samples_path, trial.log_path)
-    return [root / name for name in named if name is not None and (root / name).exists()]
+    files = [root / name for name in named if name is not None]
+    if trial.exported is not None and trial.exported.recovery is not None:
+        files.append(trial.exported.recovery.record)
+    return [file for file in files if file.exists()]
 
 
 def _write_figure(root: Path, name: str, study: Study) -> Path:

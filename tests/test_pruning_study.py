@@ -16,6 +16,7 @@ from tiny_models import VOCAB_SIZE
 from open_autoglm import engines
 from open_autoglm.bracket import after_screening
 from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.conclusion import files_of
 from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.errors import UserError
 from open_autoglm.export.store import check_disk, export_candidate
@@ -25,7 +26,6 @@ from open_autoglm.pruning import store
 from open_autoglm.pruning.importance import load_fp32
 from open_autoglm.pruning.levels import first_steps, levels, removed_parameters, with_pruning
 from open_autoglm.pruning.store import discard, pruned_checkpoint
-from open_autoglm.conclusion import files_of
 from open_autoglm.records import trial_metrics, trial_params
 from open_autoglm.roofline import capacity_bytes
 from open_autoglm.schemas import (

@@ -157,7 +157,7 @@ class Training:
         for index in range(WINDOWS_PER_STEP * came.step, WINDOWS_PER_STEP * (came.step + 1)):
             window = window_in_turn(index, len(self._texts.learned), self._job.seed)
             part = self._divergences(self._texts.learned[window]).mean() / WINDOWS_PER_STEP
-            part.backward()
+            part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
             came.tokens += self._texts.learned.shape[1]
         norm = clip_grad_norm_(self._learning.values(), LARGEST_GRADIENT)

@@ -146,7 +146,7 @@ def deliver(study: Study, golden: Sequence[GoldenPrompt], tracker: Tracker, pare
         registration = tracker.location(parent_run_id)
     study = study.model_copy(update={"registration": registration})
     for trial in study.trials:
-        tracker.log_trial(parent_run_id, trial, _files_of(root, trial))
+        tracker.log_trial(parent_run_id, trial, files_of(root, trial))
     figures = [_write_figure(root, name, study) for name in FIGURES]
     report = write_report(study, root / "report.html")
     data_docs = [root / "data-docs"] if (root / "data-docs").is_dir() else []
@@ -155,9 +155,13 @@ def deliver(study: Study, golden: Sequence[GoldenPrompt], tracker: Tracker, pare
     return study
 
 
-def _files_of(root: Path, trial: Trial) -> list[Path]:
+def files_of(root: Path, trial: Trial) -> list[Path]:
+    """What of a trial is logged beside its record: raw samples, its log, the losses of a recovery."""
     named = (trial.samples_path, trial.log_path)
-    return [root / name for name in named if name is not None and (root / name).exists()]
+    files = [root / name for name in named if name is not None]
+    if trial.exported is not None and trial.exported.recovery is not None:
+        files.append(trial.exported.recovery.record)
+    return [file for file in files if file.exists()]
 
 
 def _write_figure(root: Path, name: str, study: Study) -> Path:

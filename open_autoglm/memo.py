@@ -22,7 +22,7 @@ from open_autoglm.settings import Settings
 Kept = TypeVar("Kept", bound=Model)
 
 _MEASURING = (
-    *("engines", "measure", "pruning", "quality", "schemas"),
+    *("engines", "measure", "pruning", "quality", "recovery", "schemas"),
     *("bracket.py", "generation.py", "heats.py", "trials.py"),
 )
 """What of our own source a result, or a pruned checkpoint, depends on."""

@@ -51,6 +51,8 @@ def check_workload(spec: OptimizeSpec, checkpoint: Checkpoint) -> None:
     or for judging the quality."""
     _check_arrivals(spec)
     _check_goal(spec)
+    if spec.recover and not spec.prune:
+        raise UserError("there is nothing to recover unless heads are removed: add --prune to --recover")
     _check_context(spec, checkpoint)
     plan_layout(checkpoint.context_tokens, spec)
 
@@ -111,7 +113,7 @@ def resolve_device(target_device: TargetDevice, hardware: Hardware) -> Device:
 
 def plan(analysis: Analysis, spec: OptimizeSpec, device: Device) -> list[Candidate]:
     """All candidates of the engines asked for, the reference first, each vetoed or worth measuring; with
-    ``spec.prune`` also the best kinds with heads removed.
+    ``spec.prune`` also the best kinds with heads removed, with ``spec.recover`` also distilled after that.
 
     Raises UserError if an engine of ``spec.engines`` does not exist, or if heads cannot be removed.
     """
@@ -138,7 +140,7 @@ def _proposals(engine: Engine, analysis: Analysis, spec: OptimizeSpec, device: D
 def _pruned(candidates: list[Candidate], analysis: Analysis, spec: OptimizeSpec) -> list[Candidate]:
     if (reason := why_not(analysis.profile)) is not None:
         raise UserError(f"--prune: {reason}; leave it out")
-    variants = pruned_variants(candidates, analysis.profile, spec.seed)
+    variants = pruned_variants(candidates, analysis.profile, spec.seed, recover=spec.recover)
     return [judge(candidate, analysis, spec) for candidate in variants]
 
 
@@ -146,7 +148,7 @@ def judge(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> Candi
     """``candidate``, vetoed if it is certain that it does not fit this host or cannot meet a limit."""
     if candidate.vetoed_because is not None:
         return candidate
-    reason = _memory_veto(candidate, analysis, spec)
+    reason = _memory_veto(candidate, analysis, spec) or _recovery_veto(candidate, analysis)
     if reason is None and not candidate.reference:  # the yardstick is measured, whatever the limits
         reason = _limit_veto(candidate, analysis, spec)
     return candidate if reason is None else candidate.vetoed(reason)
@@ -171,6 +173,19 @@ def _memory_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -
         return None
     needs = f"weights, KV cache and runtime need at least {quantity(needed, 'bytes')}"
     return f"does not fit in memory: {needs}, and {quantity(available, 'bytes')} are available"
+
+
+def _recovery_veto(candidate: Candidate, analysis: Analysis) -> str | None:
+    """Both models learn and teach in fp32 in the host's memory, whatever device the candidate is for."""
+    pruning = candidate.transform
+    if pruning is None or not pruning.recover_steps:
+        return None
+    parameters = analysis.profile.parameters + pruned_profile(analysis.profile, pruning).parameters
+    needed, available = 4 * parameters + RUNTIME_BYTES, analysis.hardware.available_memory_bytes
+    if needed <= available:
+        return None
+    needs = f"the whole and the pruned model in fp32 need at least {quantity(needed, 'bytes')}"
+    return f"cannot be recovered: {needs}, and {quantity(available, 'bytes')} are available"
 
 
 def _limit_veto(candidate: Candidate, analysis: Analysis, spec: OptimizeSpec) -> str | None:

@@ -39,7 +39,16 @@ def trial_metrics(trial: Trial) -> dict[str, float]:
             scores = getattr(quality, path)
             for score in ("ratio", "perplexity", "kl_divergence", "top1_agreement"):
                 figures[f"quality_{path}_{score}"] = getattr(scores, score)
-    return figures | _screening_metrics(trial) | _round_counts(trial)
+    return figures | _recovery_metrics(trial) | _screening_metrics(trial) | _round_counts(trial)
+
+
+def _recovery_metrics(trial: Trial) -> dict[str, float]:
+    """Of the distillation that its checkpoint comes from, if there was one."""
+    if trial.exported is None or (recovery := trial.exported.recovery) is None:
+        return {}
+    names = ("helped", "steps", "kept_step", "seconds", "tokens", "divergence_before", "divergence_after")
+    figures = {f"recovery_{name}": getattr(recovery, name) for name in names}
+    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def _screening_metrics(trial: Trial) -> dict[str, float]:

@@ -70,7 +70,8 @@ WHO_MAY_IMPORT = {
         "open_autoglm/checkpoint.py",  # the same
         "open_autoglm/weights.py",  # pickles, if they are allowed
         "open_autoglm/demo_model.py",
-        "open_autoglm/pruning/",  # derivatives and distillation
+        "open_autoglm/pruning/",  # derivatives
+        "open_autoglm/recovery/",  # distillation
         "open_autoglm/hardware_bench.py",  # matmul peaks
     },
 }

@@ -1,4 +1,4 @@
-"""Heads found, cut and recovered: which ones, what is left, and that it is the same model without them."""
+"""Heads found and cut: which ones, what is left, and that it is the same model without them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from open_autoglm.pruning.levels import (
     why_not,
 )
 from open_autoglm.pruning.loop import last_passing, search
-from open_autoglm.pruning.recovery import recover
 from open_autoglm.pruning.surgery import KeptHeads, choose_heads, remove_heads
 from open_autoglm.quality.texts import TEXTS, encode, load_tokenizer
 from open_autoglm.schemas import Checkpoint, HeadPruning
@@ -121,6 +120,8 @@ def test_a_level_removes_something_and_names_it() -> None:
     assert level(1, 1, criterion="taylor", recover_steps=5, seed=7).suffix == (
         "heads1of4-kv1of2-taylor-r5-s7"
     )
+    assert level(2, 1, recover_steps=5, recover_s=60.0).suffix == "heads2of4-r5-t60"
+    assert level(2, 1, recover_steps=5, recover_s=60.0).unrecovered == level(2, 1)
     with pytest.raises(ValidationError, match="nothing is removed"):
         level(2, 2)
     with pytest.raises(ValidationError, match="more than there are"):
@@ -332,37 +333,3 @@ def test_choosing_keeps_the_first_of_equals() -> None:
     scores = LayerScores(heads=((1.0, 1.0, 2.0, 2.0),), groups=((3.0, 3.0),))
     assert choose_heads(scores, level(1, 1)) == [KeptHeads((0,), (0,))]
     assert choose_heads(scores, level(2, 1)) == [KeptHeads((0, 1), (0, 2))]
-
-
-# ── recovery ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def divergence(whole: Any, pruned: Any, tokens: NDArray[np.int64]) -> float:
-    """Mean KL(whole‖pruned) over all positions."""
-    import torch
-    from torch.nn.functional import kl_div, log_softmax
-
-    ids = torch.from_numpy(tokens)
-    with torch.no_grad():
-        there, here = (log_softmax(model(ids).logits, -1).flatten(0, 1) for model in (whole, pruned))
-    return float(kl_div(here, there, reduction="batchmean", log_target=True))
-
-
-def test_recovery_brings_the_pruned_model_nearer(family: Callable[[str], Checkpoint], tmp_path: Path) -> None:
-    """The same steps give the same bytes, only the projections that were cut have learned, and they have."""
-    whole = family("glm")
-    cut(whole, level(1, 1), tmp_path / "cut")
-    for name in ("once", "again"):
-        shutil.copytree(tmp_path / "cut", tmp_path / name)
-        recover(whole, tmp_path / name, steps=12, seed=0)
-    assert (tmp_path / "once" / SAFETENSORS).read_bytes() == (tmp_path / "again" / SAFETENSORS).read_bytes()
-    teacher, before, after = (load_fp32(p) for p in (whole.path, tmp_path / "cut", tmp_path / "once"))
-    changed = {
-        name
-        for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True)
-        if not bool((old == new).all())
-    }
-    assert changed
-    assert all(".self_attn." in name for name in changed)
-    unseen = calibration_windows(whole, 2, 64, seed=99)
-    assert divergence(teacher, after, unseen) < divergence(teacher, before, unseen)

@@ -16,24 +16,27 @@ from tiny_models import VOCAB_SIZE
 from open_autoglm import engines
 from open_autoglm.bracket import after_screening
 from open_autoglm.checkpoint import load_checkpoint
+from open_autoglm.conclusion import files_of
 from open_autoglm.engines.contract import SessionOptions
 from open_autoglm.errors import UserError
 from open_autoglm.export.store import check_disk, export_candidate
 from open_autoglm.measure.isolation import Failure
-from open_autoglm.planning import judge, plan
+from open_autoglm.planning import check_workload, judge, plan
 from open_autoglm.pruning import store
 from open_autoglm.pruning.importance import load_fp32
 from open_autoglm.pruning.levels import first_steps, levels, removed_parameters, with_pruning
 from open_autoglm.pruning.store import discard, pruned_checkpoint
-from open_autoglm.records import trial_params
+from open_autoglm.records import trial_metrics, trial_params
 from open_autoglm.roofline import capacity_bytes
 from open_autoglm.schemas import (
+    RECOVER_STEPS,
     Analysis,
     Candidate,
     Checkpoint,
     ExportedModel,
     HeadPruning,
     OptimizeSpec,
+    Recovery,
     Trial,
 )
 from open_autoglm.search import neighbours
@@ -195,6 +198,38 @@ def test_a_plan_has_pruned_candidates_if_asked() -> None:
     assert (candidate.reference, candidate.baseline) == (False, False)
 
 
+def test_a_plan_has_recovered_candidates_if_asked() -> None:
+    """Each pruned one once more, distilled; the same gate and the same vetoes are for both."""
+    plain = {c.id: c for c in plan(demo_analysis(), SPEC, "cpu")}
+    asked = {c.id: c for c in plan(demo_analysis(), SPEC.model_copy(update={"recover": True}), "cpu")}
+    added = asked.keys() - plain.keys()
+    assert added == {f"{c.id}-r{RECOVER_STEPS}" for c in plain.values() if c.transform is not None}
+    for name in added:
+        twin, pruning = plain[name.removesuffix(f"-r{RECOVER_STEPS}")], asked[name].transform
+        assert pruning is not None
+        assert pruning.unrecovered == twin.transform
+        assert asked[name].proposed_because == twin.proposed_because + "; then distilled from the whole model"
+
+
+def test_recovery_without_pruning_is_refused(whole: Checkpoint) -> None:
+    """There is nothing to give back."""
+    spec = OptimizeSpec(model_path="here", recover=True, prompt_tokens=32, output_tokens=8)
+    with pytest.raises(UserError, match="add --prune to --recover"):
+        check_workload(spec, whole)
+
+
+def test_a_recovery_that_does_not_fit_is_vetoed() -> None:
+    """Two models in fp32 need memory where one in 8 bits does not."""
+    analysis, least = demo_analysis(), levels(demo_analysis().profile, recover_steps=5)[0]
+    gibibyte = analysis.hardware.model_copy(update={"available_memory_bytes": 2**30})
+    small = analysis.model_copy(update={"hardware": gibibyte})
+    candidate = real_candidate("onnxruntime-w8-b32")
+    assert judge(with_pruning(candidate, least.unrecovered), small, SPEC).vetoed_because is None
+    vetoed = judge(with_pruning(candidate, least), small, SPEC).vetoed_because
+    assert vetoed is not None
+    assert "cannot be recovered: the whole and the pruned model in fp32 need at least" in vetoed
+
+
 def test_a_model_that_cannot_be_pruned_is_refused() -> None:
     """With the flag to leave out."""
     analysis = demo_analysis()
@@ -245,6 +280,39 @@ def test_pruning_is_part_of_what_a_candidate_is() -> None:
     trial = Trial(id=pruned.id, engine="torch", candidate=pruned, status="ok", reason="")
     assert trial_params(trial)["pruning.kv_groups"] == 1
     assert with_pruning(whole, None) is whole
+
+
+def test_a_recovery_is_on_the_trials_record(tmp_path: Path) -> None:
+    """Its figures are metrics of the trial, its raw losses a file of it."""
+    record = tmp_path / "recovered.json"
+    recovery = Recovery(
+        helped=True,
+        reason="recovered",
+        steps=100,
+        kept_step=90,
+        seconds=412.5,
+        learning_parameters=4_600_000,
+        tokens=51_200,
+        divergence_before=0.52,
+        divergence_after=0.31,
+        gain_interval=(0.18, 0.24),
+        record=record,
+    )
+    exported = ExportedModel(
+        candidate_id="it", path=tmp_path, digest="d", route="r", size_bytes=1, build_s=0, recovery=recovery
+    )
+    candidate = with_pruning(real_candidate("torch-bf16"), LEVEL)
+    trial = Trial(id="it", engine="torch", candidate=candidate, status="ok", reason="", exported=exported)
+    found = trial_metrics(trial)
+    assert (found["recovery_divergence_before"], found["recovery_divergence_after"]) == (0.52, 0.31)
+    assert (found["recovery_helped"], found["recovery_kept_step"], found["recovery_seconds"]) == (
+        1,
+        90,
+        412.5,
+    )
+    assert files_of(tmp_path, trial) == []
+    record.touch()
+    assert files_of(tmp_path, trial) == [record]
 
 
 def test_a_study_tells_the_price_of_pruning() -> None:

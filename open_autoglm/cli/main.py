@@ -84,6 +84,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--timing-budget-s", type=float, default=120, show_default=True, help="For the final's rounds.")
 @click.option("--search-generations", type=int, default=1, show_default=True, help="0: no search.")
 @click.option("--prune/--no-prune", help="Try the best kinds with heads removed, too.  [default: no]")
+@click.option("--recover/--no-recover", help="Try the pruned ones distilled again, too.  [default: no]")
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
@@ -337,7 +338,7 @@ def events(name: str, **arguments: Any) -> None:
     type=click.IntRange(0, 100_000),
     default=0,
     show_default=True,
-    help="Steps of distillation from the whole model after each cut.",
+    help="Steps of distillation from the whole model after each cut, for ten minutes at most.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the texts.")
 @click.option("--json", "as_json", is_flag=True, help="Put the run as JSON on the last line of stdout.")

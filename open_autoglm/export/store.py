@@ -27,7 +27,7 @@ from open_autoglm.files import (
 )
 from open_autoglm.measure.isolation import Failure, run_isolated
 from open_autoglm.measure.lease import preparing
-from open_autoglm.pruning.store import pruned_checkpoint
+from open_autoglm.recovery.store import transformed
 from open_autoglm.schemas import Candidate, Checkpoint, ExportedModel, FileDigest, Model, ModelProfile
 from open_autoglm.settings import Settings
 from open_autoglm.units import quantity
@@ -73,11 +73,20 @@ def export_candidate(
 
     A candidate with a transform is exported from the checkpoint that its transform leaves.
     """
-    if candidate.transform is not None:
-        pruned = pruned_checkpoint(checkpoint, candidate.transform, settings, log)
-        if isinstance(pruned, Failure):
-            return pruned
-        checkpoint = pruned
+    if candidate.transform is None:
+        return _exported(candidate, checkpoint, settings, log)
+    left = transformed(checkpoint, candidate.transform, settings, log)
+    if isinstance(left, Failure):
+        return left
+    exported = _exported(candidate, left.checkpoint, settings, log)
+    if isinstance(exported, Failure):
+        return exported
+    return exported.model_copy(update={"recovery": left.recovery})
+
+
+def _exported(
+    candidate: Candidate, checkpoint: Checkpoint, settings: Settings, log: Path
+) -> ExportedModel | Failure:
     recipe = engines.get(candidate.engine).recipe(candidate)
     if recipe is None:
         return _as_it_is(candidate, checkpoint)

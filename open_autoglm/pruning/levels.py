@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from open_autoglm.schemas import CRITERION, AttentionKind, Candidate, Criterion, HeadPruning, ModelProfile
+from open_autoglm.schemas import (
+    CRITERION,
+    RECOVER_STEPS,
+    AttentionKind,
+    Candidate,
+    Criterion,
+    HeadPruning,
+    ModelProfile,
+)
 
 PRUNABLE = ("glm", "glm4", "llama", "qwen2", "qwen3")
 """Model types whose attention is q, k, v and o projections over uniform heads; tests compare each with its
@@ -121,8 +129,12 @@ def first_steps(profile: ModelProfile, seed: int = 0) -> list[HeadPruning]:
     return heads[:1] + groups[:1] or found[:1]
 
 
-def pruned_variants(candidates: Sequence[Candidate], profile: ModelProfile, seed: int = 0) -> list[Candidate]:
+def pruned_variants(
+    candidates: Sequence[Candidate], profile: ModelProfile, seed: int = 0, *, recover: bool = False
+) -> list[Candidate]:
     """Of each engine its most promising candidate, with the `first_steps` taken; vetoed ones have none.
+
+    With ``recover`` each of these once more, recovered.
 
     Raises ValueError if `why_not` has a reason.
     """
@@ -132,20 +144,25 @@ def pruned_variants(candidates: Sequence[Candidate], profile: ModelProfile, seed
     by_engine: dict[str, list[Candidate]] = {}
     for candidate in able:
         by_engine.setdefault(candidate.engine, []).append(candidate)
+    steps = first_steps(profile, seed)
+    if recover:
+        steps += [step.model_copy(update={"recover_steps": RECOVER_STEPS}) for step in steps]
     return [
         with_pruning(_most_promising(group), step).model_copy(
             update={"proposed_because": _saving(profile, step)}
         )
         for group in by_engine.values()
-        for step in first_steps(profile, seed)
+        for step in steps
     ]
 
 
 def _saving(profile: ModelProfile, step: HeadPruning) -> str:
     share = removed_parameters(profile, step) / attention_parameters(profile)
     heads = f"{step.heads} of {step.of_heads} heads in each layer"
+    recovered = "; then distilled from the whole model" if step.recover_steps else ""
     return (
         f"{heads}, {step.kv_groups} of {step.of_kv_groups} groups: {share:.0%} of attention's parameters go"
+        f"{recovered}"
     )
 
 

@@ -28,8 +28,8 @@ from open_autoglm.measure.workload import make_workload
 from open_autoglm.memo import Memo, key_of
 from open_autoglm.progress import announce
 from open_autoglm.pruning.levels import levels, removed_parameters, why_not, with_pruning
-from open_autoglm.pruning.store import discard, pruned_checkpoint
 from open_autoglm.quality.reference import make_evaluation_set
+from open_autoglm.recovery.store import discard, transformed
 from open_autoglm.schemas import (
     CRITERION,
     FORMAT_VERSION,
@@ -40,6 +40,7 @@ from open_autoglm.schemas import (
     Model,
     OptimizeSpec,
     QualityReport,
+    Recovery,
     Trial,
 )
 from open_autoglm.settings import Settings
@@ -72,6 +73,7 @@ class PruningStep(Model):
     tokens: int = Field(0, description="scored on that path: fewer where the verdict was clear early")
     clear: bool = Field(False, description="the interval does not hold the limit")
     reason: str = Field("", description="why it failed, or was rejected")
+    recovery: Recovery | None = Field(None, description="of its weights, if that was asked for")
 
 
 class PruningRun(Model):
@@ -145,10 +147,10 @@ def prune(
 
 def _checkpoint_of(level: HeadPruning, bench: Bench, settings: Settings) -> Checkpoint:
     """From the store, where it was put to be judged; made again if it was damaged meanwhile."""
-    found = pruned_checkpoint(bench.checkpoint, level, settings, bench.study.log_path(level.suffix))
+    found = transformed(bench.checkpoint, level, settings, bench.study.log_path(level.suffix))
     if isinstance(found, Failure):
         raise UserError(f"the pruned checkpoint could not be made again: {found.reason}")
-    return found
+    return found.checkpoint
 
 
 def deliver(run: PruningRun, directory: Path) -> PruningRun:
@@ -227,6 +229,7 @@ def _try(
     exported = export_candidate(candidate, bench.checkpoint, settings, log)
     if isinstance(exported, Failure):
         return step.model_copy(update={"reason": exported.reason})
+    step = step.model_copy(update={"recovery": exported.recovery})
     trial = begin_trial(bench.study, candidate).model_copy(update={"exported": exported})
     try:
         report = _report(bench, trial, reference, log, settings)

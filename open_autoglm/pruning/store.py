@@ -16,7 +16,6 @@ from open_autoglm.measure.lease import preparing
 from open_autoglm.memo import key_of
 from open_autoglm.progress import announce
 from open_autoglm.pruning.importance import Importance, ImportanceJob
-from open_autoglm.pruning.recovery import recover
 from open_autoglm.pruning.surgery import choose_heads, remove_heads
 from open_autoglm.schemas import Checkpoint, HeadPruning, Model
 from open_autoglm.settings import Settings
@@ -34,7 +33,7 @@ class PruningJob(Model):
 def pruned_checkpoint(
     checkpoint: Checkpoint, pruning: HeadPruning, settings: Settings, log: Path
 ) -> Checkpoint | Failure:
-    """``checkpoint`` less the heads that ``pruning`` removes, from the store or made now."""
+    """``checkpoint`` less the heads that ``pruning`` removes, not recovered: from the store or made now."""
     directory = _directory(checkpoint, pruning, settings)
     with file_lock(_lock(directory)), preparing():
         stored, problem = _stored(directory)
@@ -59,6 +58,11 @@ def pruned_checkpoint(
         return done
 
 
+def stored(checkpoint: Checkpoint, pruning: HeadPruning, settings: Settings) -> Checkpoint | None:
+    """The pruned checkpoint, if it lies sound in the store."""
+    return _stored(_directory(checkpoint, pruning, settings))[0]
+
+
 def discard(checkpoint: Checkpoint, pruning: HeadPruning, settings: Settings) -> None:
     """Remove the pruned checkpoint from the store, if it is there."""
     directory = _directory(checkpoint, pruning, settings)
@@ -68,13 +72,11 @@ def discard(checkpoint: Checkpoint, pruning: HeadPruning, settings: Settings) ->
 
 
 def pruning_job(job: PruningJob) -> Checkpoint:
-    """Runs in the child: cut, recover if that was asked for, and validate the result like any checkpoint."""
+    """Runs in the child: cut, and validate the result like any checkpoint."""
     pruning, directory = job.pruning, job.directory
     kept = choose_heads(job.importance.by(pruning.criterion), pruning)
     with directory_atomic(directory) as output:
         remove_heads(job.checkpoint, kept, pruning, output)
-        if pruning.recover_steps:
-            recover(job.checkpoint, output, pruning.recover_steps, pruning.seed)
         written = load_checkpoint(str(output))
     return written.model_copy(update={"path": directory, "name": directory.name})
 

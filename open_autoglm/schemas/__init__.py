@@ -20,6 +20,8 @@ from open_autoglm.schemas.base import (
 )
 from open_autoglm.schemas.candidates import (
     CRITERION,
+    RECOVER_S,
+    RECOVER_STEPS,
     Candidate,
     Criterion,
     Dimension,
@@ -28,6 +30,7 @@ from open_autoglm.schemas.candidates import (
     Knob,
     Probe,
     ProbeStage,
+    Recovery,
     Workload,
 )
 from open_autoglm.schemas.evidence import (
@@ -99,6 +102,8 @@ __all__ = [
     "CRITERION",
     "FOREIGN_CPU_LIMIT",
     "FORMAT_VERSION",
+    "RECOVER_S",
+    "RECOVER_STEPS",
     "SLOW_CLOCK_LIMIT",
     "STEAL_LIMIT",
     "STUDY_FORMAT_VERSION",
@@ -163,6 +168,7 @@ __all__ = [
     "ProbeStage",
     "QualityReport",
     "Race",
+    "Recovery",
     "Registration",
     "Reoptimization",
     "RequestShape",

@@ -50,6 +50,12 @@ CRITERION: Criterion = "contribution"
 48 % and 29 % against 20 %."""
 
 
+RECOVER_STEPS = 100
+"""A study's: on the calibration texts, not quite once through them."""
+RECOVER_S = 600.0
+"""For as long a recovery may work, whatever the machine."""
+
+
 class HeadPruning(Model):
     """Attention heads to remove from the checkpoint before an engine sees it: as many in every layer, so
     that what is left is a checkpoint like any other."""
@@ -59,7 +65,10 @@ class HeadPruning(Model):
     of_kv_groups: int = Field(description="as the checkpoint has them")
     of_heads_per_group: int
     criterion: Criterion = Field(CRITERION, description="by which the least important are found")
-    recover_steps: int = Field(0, ge=0, le=100_000, description="of distillation from the whole model")
+    recover_steps: int = Field(
+        0, ge=0, le=100_000, description="of distillation from the whole model, at most; 0: none"
+    )
+    recover_s: float = Field(RECOVER_S, gt=0, description="for them, at most: fewer if they take longer")
     seed: int = Field(0, ge=0, description="chooses the calibration windows")
 
     @model_validator(mode="after")
@@ -80,6 +89,11 @@ class HeadPruning(Model):
         return self.of_kv_groups * self.of_heads_per_group
 
     @property
+    def unrecovered(self) -> Self:
+        """The same cut, and nothing after it."""
+        return self.model_copy(update={"recover_steps": 0, "recover_s": RECOVER_S})
+
+    @property
     def suffix(self) -> str:
         """What a candidate's id says of it: ``heads6of9``, and what is not the default."""
         parts = [f"heads{self.heads}of{self.of_heads}"]
@@ -89,6 +103,7 @@ class HeadPruning(Model):
             parts.append(self.criterion)
         if self.recover_steps:
             parts.append(f"r{self.recover_steps}")
+            parts += [f"t{self.recover_s:g}"] if self.recover_s != RECOVER_S else []
         if self.seed:
             parts.append(f"s{self.seed}")
         return "-".join(parts)
@@ -122,6 +137,27 @@ class Dimension(Model):
     because: str = Field(description="what the knob trades")
 
 
+class Recovery(Model):
+    """What came of distilling a pruned model from the whole one, on calibration texts.
+
+    Divergences are KL(whole‖pruned) in nats per token of texts that were held out from learning.
+    """
+
+    helped: bool = Field(description="false: the pruned checkpoint was kept as it was")
+    reason: str = Field(description="one sentence: why it was kept, or was not")
+    steps: int
+    kept_step: int = Field(description="after which the weights were that are kept; 0: before the first")
+    seconds: float = Field(description="of work, over all interruptions")
+    learning_parameters: int
+    tokens: int = Field(description="learned from, repetitions included")
+    divergence_before: float | None = Field(None, description="None if it was not finite")
+    divergence_after: float | None = Field(None, description="of the checkpoint as it is stored")
+    gain_interval: tuple[float, float] | None = Field(
+        None, description="95 % interval of before - after, over blocks of tokens"
+    )
+    record: Path = Field(description="the losses of all steps and looks, with what they were made from")
+
+
 class ExportedModel(Model):
     """The files a candidate needs, in a content-addressed directory. `path` equals the checkpoint's when
     the engine loads it as it is."""
@@ -134,6 +170,7 @@ class ExportedModel(Model):
     build_s: float
     reused: bool = False
     details: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    recovery: Recovery | None = Field(None, description="of a candidate whose transform asks for it")
 
 
 class Workload(Model):

@@ -127,6 +127,12 @@ class OptimizeSpec(Model):
         title="Prune heads",
         description="Try the best kinds of candidates also with the fewest attention heads removed",
     )
+    recover: bool = Field(
+        False,
+        title="Recover pruned models",
+        description="Try each pruned candidate also after a short distillation from the whole model on "
+        "calibration texts: up to ten minutes for each of the two kinds of cut; needs Prune heads",
+    )
     seed: int = Field(0, ge=0, title="Seed", description="Chooses prompts and evaluation windows")
     output: str | None = Field(
         None,

@@ -18,7 +18,11 @@ RUNGS: tuple[Rung, ...] = get_args(Rung)
 def rungs(request: Reoptimization) -> list[tuple[Rung, OptimizeSpec]]:
     """The requests to study, one after the other, until one has an answer. None of them promotes."""
     base = request.spec.model_copy(update={"promote": False})
-    changes: dict[Rung, dict[str, bool]] = {"quantise": {}, "prune": {"prune": True}}
+    changes: dict[Rung, dict[str, bool]] = {
+        "quantise": {},
+        "prune": {"prune": True},
+        "recover": {"prune": True, "recover": True},
+    }
     climb = RUNGS[: RUNGS.index(request.highest_rung) + 1]
     specs = [(rung, base.model_copy(update=changes[rung])) for rung in climb]
     # A request that prunes anyway has fewer rungs: the same study twice would find the same.

@@ -12,7 +12,7 @@ import pytest
 from open_autoglm.monitoring import endpoint
 from open_autoglm.monitoring.tape import Tape
 from open_autoglm.monitoring.windows import NoWindow, Role, window
-from open_autoglm.schemas import LatencyWindow
+from open_autoglm.schemas import LatencyWindow, Slo
 from open_autoglm.serving import history
 from open_autoglm.serving.history import Recorder
 from open_autoglm.serving.local import LocalEndpoint
@@ -28,14 +28,14 @@ class Watched:
     """An endpoint without HTTP: its board, its memory, and the time."""
 
     started_s: float = BEGIN_S - 1000
-    slo_s: tuple[float, ...] = ()
+    slo: Slo = Slo()
     set_by_s: float = 0.0
     board: Board = field(init=False)
     recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
         self.time_s = self.started_s
-        self.board = Board(NAME, slo_s=self.slo_s)
+        self.board = Board(NAME, self.slo)
         self.recorder = Recorder(
             self.board.figures, clock=lambda: self.time_s + self.set_by_s, boot_clock=lambda: self.time_s
         )
@@ -123,7 +123,7 @@ def test_everything_that_a_window_has_is_counted() -> None:
 
 def test_times_are_in_their_buckets_in_milliseconds() -> None:
     """The SLO's limit is a bound, so what is above it is exact."""
-    one = Watched(slo_s=(0.137,))
+    one = Watched(slo=Slo(ttft_p95_ms=137))
     metrics = one.board.of("3", DIGEST, "champion")
     show(metrics)
     one.at(0)
@@ -219,7 +219,7 @@ def test_endpoints_that_disagree_are_not_mixed() -> None:
 def test_other_buckets_are_not_mixed() -> None:
     """Two releases side by side may count by other bounds."""
     one, other = champions("1", "1")
-    strange = Watched(slo_s=(0.137,))
+    strange = Watched(slo=Slo(ttft_p95_ms=137))
     show(strange.board.of("1", DIGEST, "champion"))
     strange.at(0)
     strange.at(120)

@@ -38,13 +38,14 @@ def winner(name: str, version: str, **changes: Any) -> Study:
 def test_a_rung_includes_those_before() -> None:
     """Under the same limits; none promotes by itself."""
     (low,) = rungs(request())
-    first, second = rungs(request(highest_rung="prune"))
-    assert low == first
-    assert [(rung, spec.prune, spec.promote) for rung, spec in (first, second)] == [
-        ("quantise", False, False),
-        ("prune", True, False),
+    climb = rungs(request(highest_rung="recover"))
+    assert low == climb[0]
+    assert [(rung, spec.prune, spec.recover, spec.promote) for rung, spec in climb] == [
+        ("quantise", False, False, False),
+        ("prune", True, False, False),
+        ("recover", True, True, False),
     ]
-    assert second[1].min_quality == SPEC.min_quality
+    assert {spec.min_quality for _, spec in climb} == {SPEC.min_quality}
 
 
 def test_the_same_study_is_not_made_twice() -> None:

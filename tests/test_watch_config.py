@@ -30,7 +30,7 @@ def test_the_example_says_what_it_says() -> None:
     assert (spec.service, spec.endpoint, spec.prometheus) == ("demo-glm", "http://127.0.0.1:8000", None)
     assert (policy.slo.ttft_p95_ms, policy.slo.tpot_p95_ms, policy.slo.e2e_p95_ms) == (2000, 200, 20_000)
     assert (policy.window_s, policy.cool_down_s, policy.shift.confirm) == (900, 21_600, 2)
-    assert (spec.optimize.prompt_tokens, spec.action.require_approval) == (512, True)
+    assert (spec.optimize.prompt_tokens, spec.action.require_approval) == (512, False)
 
 
 def test_its_comments_tell_the_defaults(tmp_path: Path) -> None:
@@ -51,12 +51,17 @@ def test_its_comments_tell_the_defaults(tmp_path: Path) -> None:
         ("ttft_p95: 2s", "ttft_p95: '2'", "ttft_p95", "'2' has no unit: write a duration like 50ms"),
         ("ttft_p95: 2s", "ttft_p59: 2s", "ttft_p59", "`slo.ttft_p59` is not known: remove it, or mend"),
         ("min_requests: 50 #", "min_requests: 0 #", "min_requests", "greater than or equal to 1 (got 0)"),
-        ("window: 15min #", "window: 15s #", "window: 15s", "a window is one minute to a day long"),
+        ("window: 15min #", "window: 4s #", "window: 4s", "a window is five seconds to a day long"),
         ("cool_down: 6h #", "cool_down: 5min #", "service", "judge.cool_down is shorter than judge.window"),
         ("  model_path: .autoglm/demo-glm\n", "", "optimize:", "`optimize.model_path` is missing: add it"),
         ("service: demo-glm", "service: ../demo", "service", "`service`: string should match pattern"),
         ("endpoint: http://", "endpoint: ftp://", "ftp:", "`endpoint`: string should match pattern"),
-        ("highest_rung: 2 #", "highest_rung: 9 #", "highest_rung", "less than or equal to 2 (got 9)"),
+        (
+            "highest_rung: quantise #",
+            "highest_rung: best #",
+            "highest_rung",
+            "'prune' or 'recover' (got 'best')",
+        ),
         ("judge:\n", "judge:\n  window: 15min\n", "window: 15min #", "`window` is already given in line"),
         ("service: demo-glm", "format_version: 2\nservice: demo-glm", "format_version", "equal to 1 (got 2)"),
     ],

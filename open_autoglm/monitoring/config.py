@@ -72,7 +72,9 @@ class ActionSpec(Model):
     """What may be done about a breach, from the ladder's first rung on."""
 
     highest_rung: Rung = Field(
-        "quantise", description="quantise: every engine and precision; prune: then heads, too"
+        "quantise",
+        description="quantise: every engine and precision; prune: then heads, too; recover: then "
+        "teach pruned models what the whole one says",
     )
     canary_weight: float = Field(5, ge=0, le=50, description="per cent of the callers that meet a challenger")
     shadow_weight: float = Field(20, ge=0, le=100, description="per cent of the prompts asked of both")

@@ -10,7 +10,7 @@ from open_autoglm.schemas.base import Model
 from open_autoglm.schemas.registry import Canary
 from open_autoglm.schemas.request import OptimizeSpec
 
-Rung = Literal["quantise", "prune"]
+Rung = Literal["quantise", "prune", "recover"]
 """From what costs least quality to what costs most; each one includes those before."""
 
 OutcomeKind = Literal["challenger", "kept", "nothing_feasible", "undecided", "declined"]
@@ -23,7 +23,8 @@ class Reoptimization(Model):
     highest_rung: Rung = Field(
         "quantise",
         title="Highest rung",
-        description="How far to go while nothing meets the limits: quantise, then prune attention heads",
+        description="How far to go while nothing meets the limits: quantise, then prune attention heads, "
+        "then teach pruned models what the whole one says",
     )
     canary: Canary = Field(
         Canary(weight_percent=5, shadow_percent=20),

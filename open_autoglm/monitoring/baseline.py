@@ -242,7 +242,9 @@ def _regress(
     weights = np.ones_like(times)
     for _ in range(10):
         rows = features / expected[:, None]
-        inverse = np.linalg.inv(rows.T @ (weights[:, None] * rows) + ridge / np.median(times) ** 2)
+        inverse: NDArray[np.float64] = np.linalg.inv(
+            rows.T @ (weights[:, None] * rows) + ridge / np.median(times) ** 2
+        )
         coefficients = inverse @ (rows.T @ (weights * times / expected))
         expected = np.maximum(features @ coefficients, 0.1 * times)
         errors = times / expected - 1

@@ -242,7 +242,8 @@ def _regress(
     weights = np.ones_like(times)
     for _ in range(10):
         rows = features / expected[:, None]
-        inverse = np.linalg.inv(rows.T @ (weights[:, None] * rows) + ridge / np.median(times) ** 2)
+        normal = rows.T @ (weights[:, None] * rows) + ridge / np.median(times) ** 2
+        inverse = np.asarray(np.linalg.inv(normal), dtype=np.float64)
         coefficients = inverse @ (rows.T @ (weights * times / expected))
         expected = np.maximum(features @ coefficients, 0.1 * times)
         errors = times / expected - 1

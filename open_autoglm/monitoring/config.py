@@ -170,7 +170,7 @@ def _refuse_aliases(path: Path, text: str) -> None:
 
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise UserError(f"{path}:{line}: `*{event.anchor}` stands for another place: write it out")
 
 

@@ -133,10 +133,10 @@ def _silent(window: LatencyWindow, policy: Policy) -> str | None:
     asked = window.requests + window.refused
     if asked < policy.min_requests:
         return f"{asked} requests in the window; {policy.min_requests} are needed"
-    histograms = {**window.times_ms, "prompt tokens": window.prompt_tokens, "output": window.output_tokens}
-    broken = [name for name, histogram in histograms.items() if not math.isfinite(histogram.sum)]
-    if broken:
-        return f"the sum of {broken[0]} is not finite"
+    lengths = {"prompt tokens": window.prompt_tokens, "output tokens": window.output_tokens}
+    for name, histogram in (*window.times_ms.items(), *lengths.items()):
+        if not math.isfinite(histogram.sum):
+            return f"the sum of {name} is not finite"
     lost = (window.failed + window.refused) / asked > policy.slo.error_fraction
     promised = {"ttft": policy.slo.ttft_p95_ms, "tpot": policy.slo.tpot_p95_ms, "e2e": policy.slo.e2e_p95_ms}
     measured = {name for name, histogram in window.times_ms.items() if histogram.count}

@@ -14,8 +14,8 @@ from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import Judgement
 
 _DOUBLINGS = 3
-_MOST_LESSONS = 21
-"""Three weeks of a day's windows: the oldest that were added go first."""
+_MOST_WEEKS = 4
+"""Of a lesson, with all that was added: who has seen as much and still meets the unknown is not to be known."""
 
 
 class Lesson(Model):
@@ -38,11 +38,12 @@ def attend(lesson: Lesson, judgement: Judgement, baseline: Baseline | None, day:
     if (window.version, window.bundle_digest) != (lesson.version, lesson.bundle_digest):
         lesson = Lesson(version=window.version, bundle_digest=window.bundle_digest)
     seen = observe(window)
-    whole = _week(day)
-    if seen is None or (len(lesson.observations) >= whole and _known(baseline, seen)):
+    if seen is None:
         return lesson
-    kept = (*lesson.observations[:whole], *lesson.observations[whole:][-_MOST_LESSONS * day :], seen)
-    return lesson.model_copy(update={"observations": kept})
+    enough = _week(day) if _known(baseline, seen) else _MOST_WEEKS * _week(day)
+    if len(lesson.observations) >= enough:
+        return lesson
+    return lesson.model_copy(update={"observations": (*lesson.observations, seen)})
 
 
 def next_baseline(

@@ -268,6 +268,15 @@ def test_golden_requests_of_another_shape_are_not_compared() -> None:
     assert named(window(**SLOWER), probe(golden(1.8)), baseline=stranger).kind == "unknown"
 
 
+def test_that_nothing_could_be_timed_is_told() -> None:
+    """A starved engine answers no golden request in its time; then the host's signs are all there is."""
+    starved = golden(count=0).model_copy(update={"ended": "not two golden requests were answered in 30 s"})
+    cause = named(window(**SLOWER), probe(starved, host(FOREIGN)))
+    assert cause.kind == "environment"
+    assert cause.evidence["golden_ended"] == starved.ended
+    assert named(window(**SLOWER), probe(starved)).kind == "unknown"
+
+
 def test_evidence_can_be_stored() -> None:
     """No infinity, which JSON has not, although a sign may be of unknown size."""
     cause = named(window(**SLOWER), probe(golden(1.8), onnxruntime="1.27.0"))

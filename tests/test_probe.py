@@ -162,15 +162,15 @@ def slowed(process: psutil.Process, *, stopped_s: float, running_s: float) -> It
 
 
 def test_a_slower_engine_is_told_from_a_busy_host(served: Endpoint, admin: httpx.Client) -> None:
-    """The engine's process is held back nine tenths of its time. Where the host is quiet that is the engine;
+    """The engine's process is held back most of its time. Where the host is quiet that is the engine;
     with a neighbour, which could do the same, it is the environment."""
     baseline = examine(admin, 3)
-    with slowed(engine_of(served), stopped_s=0.09, running_s=0.01):
-        found = examine(admin, 6)
+    with slowed(engine_of(served), stopped_s=0.15, running_s=0.01):
+        found = examine(admin, 8)
     ratios = golden_ratios(found, baseline, CausePolicy())
     assert ratios is not None
-    assert ratios.e2e is not None
-    assert ratios.e2e.low > 1.5
+    assert ratios.speed.read > 1.5
+    assert ratios.speed.write > 1.5
     # Windows as clients would have met them. The real host is whatever else runs there just now.
     now = window(read_ms=100 * ratios.speed.read, write_ms=900 * ratios.speed.write)
     quiet, calm = (one.model_copy(update={"host": host(QUIET)}) for one in (found, baseline))

@@ -273,6 +273,7 @@ def _golden_evidence(ratios: GoldenRatios | None, probe: EndpointProbe) -> dict[
             "golden_gave_way": golden.gave_way,
             "golden_busy_share": golden.busy_share,
         }
+        found |= {"golden_ended": golden.ended} if golden.ended else {}
     named = {"ttft": ratios.ttft, "tpot": ratios.tpot, "e2e": ratios.e2e} if ratios else {}
     for name, ratio in named.items():
         if ratio is not None:

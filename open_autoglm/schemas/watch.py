@@ -178,7 +178,7 @@ class GoldenTimes(Model):
     waits: int = Field(0, ge=0, description="times it waited for clients to be answered")
     gave_way: int = Field(0, ge=0, description="requests begun and given up because a client came")
     busy_share: float = Field(0, ge=0, le=1, description="of the probe, time that clients kept it from")
-    ended: str = Field("", description="why it ended early, if it did")
+    ended: str = Field("", description="why there are few times or none")
 
 
 class EndpointProbe(Model):

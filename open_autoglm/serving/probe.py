@@ -73,7 +73,8 @@ class _Golden:
             async with asyncio.timeout(self._seconds):
                 await self._ask(itertools.cycle(prompts))
         except TimeoutError:
-            pass  # that was the time it had
+            if len(self._answers) < 2 and not self._busy_s:
+                self._ended = f"not two golden requests were answered in {self._seconds:g} s"
         except EngineLost as error:
             self._ended = str(error)
         counted = self._answers[1:]  # the first compiles, or reads for the first time

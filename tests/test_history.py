@@ -28,7 +28,7 @@ class Watched:
     """An endpoint without HTTP: its board, its memory, and the time."""
 
     started_s: float = BEGIN_S - 1000
-    slo: Slo = Slo()
+    slo: Slo | None = None
     set_by_s: float = 0.0
     board: Board = field(init=False)
     recorder: Recorder = field(init=False)
@@ -115,6 +115,7 @@ def test_everything_that_a_window_has_is_counted() -> None:
         "ttft": 1,
         "tpot": 1,
         "e2e": 3,
+        "queue": 0,
     }
     assert (found.prompt_tokens.sum, found.output_tokens.sum) == (2 * 7 + 30 + 2 * 4, 2)
     assert found.error_fraction == 4 / 7

@@ -95,6 +95,7 @@ def test_what_was_sent_is_what_a_window_has(
             "ttft": 3,
             "tpot": 3,
             "e2e": 3,
+            "queue": 3,
         }
         assert 0 < by_itself.times_ms["e2e"].sum < 60_000
         assert by_itself.memory_bytes > 10 << 20

@@ -42,17 +42,22 @@ def openable_study(checkpoint_path: Path, **changes: Any) -> Study:
 
 
 def onnxruntime_bundle(
-    checkpoint_path: Path, directory: Path, golden: Sequence[GoldenPrompt] = (), *, number: int = 0
+    checkpoint_path: Path,
+    directory: Path,
+    golden: Sequence[GoldenPrompt] = (),
+    *,
+    number: int = 0,
+    ledger: Path | None = None,
 ) -> Path:
     """A bundle whose sessions have slots, under ``directory``: of ONNX Runtime's exact graph or, with another
-    ``number``, of another candidate."""
+    ``number``, of another candidate. With conftest's ``shared_ledger``, preflight is not run again: 5 s."""
     study = openable_study(checkpoint_path)
     engine = engines.get("onnxruntime")
     candidate = engine.propose(study.analysis, study.spec, "cpu")[number]
     output = directory / "export"
     output.mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        context = ExportContext(output=output, ledger=directory / "ledger.json")
+        context = ExportContext(output=output, ledger=ledger or directory / "ledger.json")
         route = engine.export(candidate, study.checkpoint, context)
     exported = ExportedModel(
         candidate_id=candidate.id, path=output, digest="d", route=route, size_bytes=1, build_s=0

@@ -133,11 +133,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_glm: Path, shared_ledger: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny GLM whose sessions have slots. Shared: copy it before changing it."""
     from bundles import onnxruntime_bundle
 
-    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("tiny-bundle"))
+    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("tiny-bundle"), ledger=shared_ledger)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import onnxruntime_bundle
 
 from benchmarks import soak
 from benchmarks.plots import serve_plot
@@ -27,8 +26,8 @@ SIZES = Sizes(prompt_tokens=16, output_tokens=4, heats=3, streams=(1, 2), pairs=
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("bundle"))
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 # ── the load generator ───────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import onnxruntime_bundle
 from endpoints import Endpoint, endpoint
 
 from open_autoglm.bundle import BundleModel
@@ -25,8 +24,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("served"))
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")

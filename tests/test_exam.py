@@ -37,10 +37,10 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tiny_glm: Path, shared_ledger: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer()
     golden = golden_prompts(tiny_glm, [tokenizer(text)["input_ids"] for text in TEXTS], GOLDEN_TOKENS)
-    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("served"), golden)
+    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("served"), golden, ledger=shared_ledger)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,12 @@ _EIGHT_BITS = 3
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def bundles(
+    tiny_bundle: Path, tiny_glm: Path, shared_ledger: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """Two of the same checkpoint: exact, and with rounded weights."""
     root = tmp_path_factory.mktemp("served")
-    exact = onnxruntime_bundle(tiny_glm, root / "exact")
-    return exact, onnxruntime_bundle(tiny_glm, root / "rounded", number=_EIGHT_BITS)
+    return tiny_bundle, onnxruntime_bundle(tiny_glm, root, number=_EIGHT_BITS, ledger=shared_ledger)
 
 
 @pytest.fixture

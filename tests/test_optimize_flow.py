@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("prefect_harness")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def settings(shared_ledger: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """One home for all studies here, the third-party engine installed, no compiler, the peaks made up."""
     root = tmp_path_factory.mktemp("flow")
     plugin = Path(__file__).parent / "plugin"
@@ -69,6 +70,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         for cached in (engines.names, engines.get):
             cached.cache_clear()
         probe_hardware(root / "home" / "hardware")
+        if shared_ledger.exists():
+            shutil.copy(shared_ledger, Settings().ledger)
         yield Settings()
     for cached in (engines.names, engines.get):
         cached.cache_clear()

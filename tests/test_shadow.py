@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from bundles import altered, onnxruntime_bundle
+from bundles import altered
 from services import Loop, counted, event_loop, with_nan
 
 from open_autoglm.serving.messages import Sampling
@@ -26,8 +26,8 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return onnxruntime_bundle(tiny_glm, tmp_path_factory.mktemp("served"))
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")

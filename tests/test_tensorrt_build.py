@@ -274,21 +274,22 @@ def test_what_the_builder_cannot_build_is_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / RECORD).exists()
 
 
-# ── as large as the demo ─────────────────────────────────────────────────────────────────────────
+# ── as wide as the demo ──────────────────────────────────────────────────────────────────────────
 
 
-def test_thirty_layers_are_built(tmp_path: Path) -> None:
-    """The demo GLM in fp16, its 135 M parameters drawn at random."""
-    checkpoint = load_checkpoint(str(build_checkpoint(tmp_path / "glm", layers=30, **DEMO)))
+def test_twelve_layers_are_built(tmp_path: Path) -> None:
+    """Twelve of the demo GLM's 30 layers and all of its vocabulary in fp16, 71 M parameters drawn at random:
+    the builder takes as long for each further layer, and learns nothing from it."""
+    checkpoint = load_checkpoint(str(build_checkpoint(tmp_path / "glm", layers=12, **DEMO)))
     graph, output = tmp_path / "graph", tmp_path / "plan"
     graph.mkdir()
     output.mkdir()
     write_standard(checkpoint, StandardRecipe(compute="fp16"), graph)
     sizes = PlanSizes(batch_size=1, prompt_tokens=512, cache_tokens=640)
     record = build(graph, output, sizes)
-    assert record.plan.size_bytes > 2 * 134e6
+    assert record.plan.size_bytes > 2 * 70e6
     layers = layers_of(parse(graph, sizes.cache_tokens))
-    assert (layers["KV_CACHE_UPDATE"], layers["ROTARY_EMBEDDING"]) == (60, 60)
+    assert (layers["KV_CACHE_UPDATE"], layers["ROTARY_EMBEDDING"]) == (24, 24)
     assert record.layers == sum(layers.values())
     assert np.prod([found.most for found in record.profiles["decode"] if found.name == "input_ids"]) == 1
     assert record.host == PlanHost(flavour="tensorrt-rtx", version=record.host.version, gpu=record.host.gpu)

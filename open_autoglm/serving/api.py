@@ -45,7 +45,6 @@ _LOST_RETRY_S = 2
 
 _SHORT_BYTES = 1 << 15
 """Of a body whose text is tokenized within milliseconds."""
-_long_texts = asyncio.Semaphore()
 
 _CLIENT_LEFT = 499
 """Seen in logs only; nginx's number."""
@@ -178,11 +177,10 @@ async def _respond(
 
 async def _read(service: Service, ask: Ask, request: Request) -> tuple[Answer, list[Asked]]:
     """What ``ask`` makes of the request. Long texts take a tokenizer seconds, during which others' tokens
-    must be sent: they are read in a thread, one at a time."""
+    must be sent."""
     if getattr(request.state, "body_bytes", 0) <= _SHORT_BYTES:
         return ask(service)
-    async with _long_texts:
-        return await asyncio.to_thread(ask, service)
+    return await service.aside(lambda: ask(service))
 
 
 async def _respond_by(

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from open_autoglm.schemas import Model
+
+_FORGETFUL = ConfigDict(cache_strings="keys")
+"""pydantic would keep the last 16,384 short strings that it has read: here ids, of which none comes again."""
 
 Finish = Literal["stop", "length"]
 
@@ -80,12 +83,16 @@ class Ready(Model):
 class Command(Model):
     """To the engine."""
 
+    model_config = _FORGETFUL
+
     generate: Generation | None = None
     cancel: str | None = None
 
 
 class Report(Model):
     """From the engine."""
+
+    model_config = _FORGETFUL
 
     ready: Ready | None = None
     tokens: tuple[Token, ...] = ()

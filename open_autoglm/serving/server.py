@@ -43,6 +43,7 @@ from open_autoglm.settings import Settings
 _LOGGER = logging.getLogger(__name__)
 
 _BODY_BYTES = 4 << 20
+_BODIES_BYTES = 256 << 20
 _DRAIN_S = 60
 
 
@@ -178,7 +179,7 @@ def _tell_why(without: str, task: asyncio.Task[None]) -> None:
 def _guarded(options: ServerOptions, app: App, fleet: Fleet, listener: socket.socket, token: str) -> App:
     """The application behind everything that keeps it from harm; the log sees it all."""
     loopback = _on_loopback(listener)
-    limited = Limits(app, body_bytes=_BODY_BYTES, read_s=options.patience.body_s)
+    limited = Limits(app, body_bytes=_BODY_BYTES, bodies_bytes=_BODIES_BYTES, read_s=options.patience.body_s)
     access = Access(
         limited,
         options.access,

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
@@ -20,6 +20,8 @@ from open_autoglm.serving.messages import EngineOptions, Finish, Generation, Sam
 from open_autoglm.serving.metrics import Metrics, RequestTimes, State
 from open_autoglm.serving.source import Source
 from open_autoglm.serving.text import TextStream
+
+T = TypeVar("T")
 
 
 class Overloaded(Exception):
@@ -104,6 +106,7 @@ class Service:
     """Told of every answer that has ended, but of none that nobody wanted any more."""
     _inside: int = 0
     _pace: _Pace = field(default_factory=_Pace)
+    _long_texts: asyncio.Semaphore = field(default_factory=asyncio.Semaphore)
 
     @property
     def version(self) -> str:
@@ -153,6 +156,11 @@ class Service:
                 f"room for {self.max_tokens} together: shorten the prompt or lower max_tokens"
             )
         return wanted
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do work with a long text in a thread; one at a time, so that they do not take all cores."""
+        async with self._long_texts:
+            return await asyncio.to_thread(work)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
 

@@ -15,7 +15,7 @@ from open_autoglm.schemas.watch import Judgement
 
 _DOUBLINGS = 3
 _MOST_WEEKS = 4
-"""Of a lesson, with all that was added: who has seen as much and still meets the unknown is not to be known."""
+"""Of a lesson, with all that was added: who still meets the unknown then is not to be known."""
 
 
 class Lesson(Model):

@@ -43,7 +43,7 @@ def judge_now(watch: WatchSpec) -> Judgement:
 @task
 def find_cause(watch: WatchSpec, judgement: Judgement) -> Cause:
     """A probe of endpoint and host, and what speaks for which cause."""
-    cause = diagnose(judgement, store_of(watch), Settings().home, watch.probe_s)
+    cause = diagnose(watch, judgement, store_of(watch), Settings().home)
     announce(f"cause: {cause.kind}: {cause.told}")
     return cause
 
@@ -51,9 +51,7 @@ def find_cause(watch: WatchSpec, judgement: Judgement) -> Cause:
 @task
 def learn_good_times(watch: WatchSpec, judgement: Judgement) -> None:
     """What later causes are found by: a probe of this bundle while all is well, once."""
-    if (
-        problem := remember_good_times(judgement, store_of(watch), Settings().home, watch.probe_s)
-    ) is not None:
+    if (problem := remember_good_times(watch, judgement, store_of(watch), Settings().home)) is not None:
         announce(f"no probe of good times yet: {problem}")
 
 

@@ -37,8 +37,8 @@ def _look(watch: WatchSpec) -> Judgement:
     store = WatchStore(home, watch.service)
     judgement = look(watch, lambda: fetch(watch, home, now), store, now)
     if judgement.act:
-        return judgement.model_copy(update={"cause": diagnose(judgement, store, home, watch.probe_s)})
-    remember_good_times(judgement, store, home, watch.probe_s)
+        return judgement.model_copy(update={"cause": diagnose(watch, judgement, store, home)})
+    remember_good_times(watch, judgement, store, home)
     return judgement
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from open_autoglm.bundle import open_bundle
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.cause import name_cause
+from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.golden import study_baseline
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.monitoring.windows import NoWindow
@@ -69,17 +70,17 @@ def _ask(
 # ── what it is held against ──────────────────────────────────────────────────────────────────────
 
 
-def remember_good_times(judgement: Judgement, store: WatchStore, home: Path, probe_s: float) -> str | None:
+def remember_good_times(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Path) -> str | None:
     """Take a probe of a bundle that is well and has none yet; why there is none, in words."""
     window = judgement.window
     if judgement.state != "ok" or window is None or store.probe(window.bundle_digest) is not None:
         return None
     served = find_served(home, window.bundle_digest)
-    probe = served if isinstance(served, NoWindow) else take_probe(served, probe_s)
+    probe = served if isinstance(served, NoWindow) else take_probe(served, watch.probe_s)
     return probe.reason if isinstance(probe, NoWindow) else store.keep_probe(probe)
 
 
-def diagnose(judgement: Judgement, store: WatchStore, home: Path, probe_s: float) -> Cause:
+def diagnose(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Path) -> Cause:
     """Why the window of a breach is as it is; `unknown`, with the reason, where that cannot be found out."""
     now = judgement.window
     if now is None:
@@ -87,10 +88,10 @@ def diagnose(judgement: Judgement, store: WatchStore, home: Path, probe_s: float
     served = find_served(home, now.bundle_digest)
     if isinstance(served, NoWindow):
         return _unknown(served.reason)
-    good = store.good_window(now.bundle_digest)
+    good = store.good_window(now.bundle_digest, watch.judge.confirm_windows)
     if good is None:
         return _unknown("there is no good window of this bundle to compare with")
-    probe = take_probe(served, probe_s)
+    probe = take_probe(served, watch.probe_s)
     if isinstance(probe, NoWindow):
         return _unknown(probe.reason)
     baseline = store.probe(now.bundle_digest) or _of_the_study(served, probe)

@@ -113,14 +113,20 @@ class WatchStore:
     def _probe_file(self, digest: str) -> Path:
         return self._folder / "probes" / f"{_file_name(digest)}.json"
 
-    def good_window(self, digest: str) -> LatencyWindow | None:
-        """The last one of this bundle in which all was well."""
-        found = None
-        for judgement in self.history():
-            window = judgement.window
-            if judgement.state == "ok" and window is not None and window.bundle_digest == digest:
-                found = window
-        return found
+    def good_window(self, digest: str, confirm: int) -> LatencyWindow | None:
+        """The last one of this bundle before the breach there is, if any, began to show.
+
+        A breach shows in ``confirm`` windows before it is called one, and those before the last of them are
+        still `ok`.
+        """
+        known = [one for one in self.history() if one.window and one.window.bundle_digest == digest]
+        healthy = len(known)
+        while healthy and known[healthy - 1].state == "breached":
+            healthy -= 1
+        if healthy < len(known):
+            healthy -= confirm - 1
+        good = (one.window for one in reversed(known[: max(healthy, 0)]) if one.state == "ok")
+        return next(good, None)
 
     # ── what grows ───────────────────────────────────────────────────────────────────────────────
 

@@ -15,7 +15,7 @@ from open_autoglm.schemas.watch import Judgement
 
 _DOUBLINGS = 3
 _MOST_WEEKS = 4
-"""Of a lesson, with all that was added: who still meets the unknown then is not to be known."""
+"""Of a lesson, with all that was added: after as much, what still is new will never be usual."""
 
 
 class Lesson(Model):

@@ -30,6 +30,8 @@ _LARGEST_STEP = 4 * SLACK
 
 _BEYOND_LESSON = 2.0
 _ALIKE = 4
+_UNSEEN = 1.2
+"""How much farther a host drifts in months than a lesson shows; from one window to the next it does not."""
 
 
 class ShiftPolicy(Model):
@@ -135,11 +137,13 @@ def _jump_sigmas(recent: tuple[Point, ...], noise: Noise, policy: ShiftPolicy) -
 def _standardised(point: Point, reference: Point | None, noise: Noise) -> float:
     """The error of the forecast of ``point`` by an AR(1) process, in its standard deviations."""
     forecast, kept, chance = 0.0, 0.0, noise.within**2 / point.answers
+    between = noise.between * _UNSEEN
     if reference is not None:
+        between = noise.between
         kept = noise.memory ** max(1.0, point.at - reference.at)
         forecast = kept * reference.log_ratio
         chance += kept**2 * noise.within**2 / reference.answers
-    variance = noise.between**2 * (1 - kept**2) + chance + point.uncertainty**2
+    variance = between**2 * (1 - kept**2) + chance + point.uncertainty**2
     return (point.log_ratio - forecast) / math.sqrt(variance)
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 from endpoints import Endpoint, endpoint
 from prometheus_server import needs_prometheus, prometheus, wait_for
 from test_probe import engine_of, slowed
 
+from open_autoglm.cli.main import cli
 from open_autoglm.schemas import Judgement
 from open_autoglm.settings import Settings
 
@@ -169,3 +171,6 @@ def test_nothing_is_known_without_prometheus(config: Path) -> None:
     judgement: Judgement = regression(str(config))
     assert judgement.state == "no_data"
     assert "does not answer" in judgement.reasons[0]
+    said = CliRunner().invoke(cli, ["watch", str(config), "--once"])
+    assert (said.exit_code, "no data" in said.output) == (4, True)
+    assert "does not answer" in said.output

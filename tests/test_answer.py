@@ -1,0 +1,107 @@
+"""What is asked for after a breach: the request as it was, for what callers send now, and once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from windows import window
+
+from open_autoglm.errors import UserError
+from open_autoglm.monitoring.answer import is_curable, observed, once_key, reoptimization
+from open_autoglm.monitoring.config import read_watch_spec, watch_file
+from open_autoglm.monitoring.picture import watch_figure
+from open_autoglm.monitoring.watch_store import WatchStore
+from open_autoglm.schemas import Cause, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
+
+NOW = datetime(2026, 11, 23, 14, 20, tzinfo=UTC)
+EXAMPLE = Path(__file__).parent.parent / "infra" / "watch" / "demo-glm.yaml"
+SPEC = OptimizeSpec(model_path="m", length_mix="128/32:3,512/64:1", max_latency="2s", promote=True)
+
+
+def test_the_request_is_for_what_callers_send_now() -> None:
+    """Its limits stay; its seed is the hour's, so that no figure from before the breach is used again."""
+    now = window()
+    found = observed(SPEC, now, NOW)
+    assert found.length_mix is None
+    assert found.prompt_tokens == round(now.prompt_tokens.mean or 0)
+    assert found.output_tokens == round(now.output_tokens.mean or 0)
+    assert found.max_latency == SPEC.max_latency
+    assert found.seed == observed(SPEC, now, NOW + timedelta(minutes=39)).seed
+    assert found.seed != observed(SPEC, now, NOW + timedelta(minutes=40)).seed
+    assert found.request_rate_per_s is None
+    served = SPEC.model_copy(update={"scenario": "server", "request_rate_per_s": 9.0})
+    assert observed(served, now, NOW).request_rate_per_s == now.requests / now.seconds
+
+
+def test_the_file_says_what_may_be_done() -> None:
+    cause = Cause(kind="engine", told="it is slower alone", evidence={})
+    found = reoptimization(read_watch_spec(EXAMPLE), window(), cause, NOW)
+    assert (found.highest_rung, found.require_approval) == ("quantise", False)
+    assert (found.canary.weight_percent, found.canary.shadow_percent) == (5, 20)
+    assert found.spec.register_as == "demo-glm"
+    assert found.reason == "engine: it is slower alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "curable"),
+    [("mix", True), ("engine", True), ("load", False), ("environment", False), ("unknown", False)],
+)
+def test_what_another_configuration_may_help(kind: str, curable: bool) -> None:
+    assert is_curable(Cause.model_validate({"kind": kind, "told": "", "evidence": {}})) is curable
+
+
+def test_polls_and_alerts_of_an_hour_are_one() -> None:
+    assert once_key("m", NOW) == once_key("m", NOW + timedelta(minutes=39))
+    assert once_key("m", NOW) != once_key("m", NOW + timedelta(minutes=40))
+    assert once_key("m", NOW) != once_key("other", NOW)
+
+
+def test_a_watch_is_found_by_its_service(tmp_path: Path) -> None:
+    """A user's own before the checkout's."""
+    own = tmp_path / "watches" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text("")
+    assert watch_file("mine", tmp_path) == own
+    assert watch_file("some/where.yaml", tmp_path) == Path("some/where.yaml")
+    for odd in ("absent", "../mine", ""):
+        with pytest.raises(UserError, match="no watch is known as"):
+            watch_file(odd, tmp_path)
+
+
+# ── the past ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def judged(state: WatchState, minute: int, seen: LatencyWindow | None = None) -> Judgement:
+    return Judgement(
+        service="m",
+        at=NOW + timedelta(minutes=minute),
+        state=state,
+        reasons=(),
+        window=(seen or window()).model_copy(update={"requests": minute}),
+    )
+
+
+def test_the_window_before_a_breach_is_not_its_first(tmp_path: Path) -> None:
+    """A breach that takes two windows to be called one began in a window that was still `ok`."""
+    store = WatchStore(tmp_path, "m")
+    digest = window().bundle_digest
+    assert store.good_window(digest, 2) is None
+    for minute, state in enumerate(("ok", "ok", "ok", "breached", "breached")):
+        assert store.append(judged(state, minute)) is None  # type: ignore[arg-type]
+    good = store.good_window(digest, 2)
+    assert good is not None
+    assert good.requests == 1
+    store.append(judged("ok", 5))
+    after = store.good_window(digest, 2)
+    assert after is not None
+    assert after.requests == 5
+    assert store.good_window("another", 2) is None
+
+
+def test_the_last_windows_are_drawn() -> None:
+    """With times, and without any."""
+    slo = Slo(ttft_p95_ms=500)
+    for judgements in ([], [judged("ok", 1), judged("breached", 2)]):
+        assert watch_figure(judgements, slo).startswith(b"\x89PNG")

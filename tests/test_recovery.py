@@ -251,6 +251,9 @@ def resumed(whole: Checkpoint, pruned: Checkpoint, home: Settings) -> tuple[Fail
     (key,) = {Progress.model_validate_json(metadata_of(state)).key}
     found = load(state, key)
     assert found is not None
+    name = state.name.removesuffix(".state")  # killed while it wrote, it would have left these
+    (home.checkpoints / f".{name}.state.half").touch()
+    (home.checkpoints / f".{name}.half").mkdir()
     recovered = recover(whole, pruned, LEVEL, home, home.home / "log")
     assert isinstance(recovered, Recovered)
     return failure, found[0].step, recovered
@@ -307,8 +310,8 @@ def test_the_result_is_a_checkpoint_with_its_record(
     assert record == recovered
     assert (record.whole_digest, record.pruned_digest) == (whole.digest, pruned.digest)
     assert len(record.progress.losses) == STEPS
-    kinds = {path.suffix for path in home.checkpoints.iterdir() if path.is_file()}
-    assert kinds == {".json", ".lock"}
+    name = checkpoint.path.name
+    assert {path.name for path in home.checkpoints.iterdir()} == {name, f"{name}.json", f"{name}.lock"}
 
 
 def test_what_was_recovered_once_is_not_recovered_again(

@@ -223,14 +223,14 @@ def test_merged_weights_are_the_adapted_model(tmp_path: Path) -> None:
 
 
 class Mortal(Child):
-    """A child that is killed in the middle of its third slice."""
+    """A child that is killed while it works on its twelfth slice, or just after."""
 
     slices = 0
 
     def ask(self, reference: str, *arguments: Any, **options: Any) -> Any:
         self.slices += reference.endswith(":go_on")
-        if self.slices == 3:
-            threading.Timer(0.2, os.kill, (self.pid, signal.SIGKILL)).start()
+        if self.slices == 12:
+            threading.Timer(0.01, os.kill, (self.pid, signal.SIGKILL)).start()
         return super().ask(reference, *arguments, **options)
 
 
@@ -243,7 +243,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def resumed(whole: Checkpoint, pruned: Checkpoint, home: Settings) -> tuple[Failure, int, Recovered]:
     """What the killed attempt answered, how far it had come, and what the next one came to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "SLICE_S", 0.3)
+        patch.setattr(store, "SLICE_S", 1e-9)  # a step each
         patch.setattr(store, "Child", Mortal)
         failure = recover(whole, pruned, LEVEL, home, home.home / "log")
     assert isinstance(failure, Failure)

@@ -35,6 +35,7 @@ from open_autoglm.settings import Settings
 from open_autoglm.weights import SAFETENSORS
 
 CONTEXT = 64
+USUAL_RATE = training.LEARNING_RATE
 STEPS = 30
 LEVEL = HeadPruning(kv_groups=1, heads_per_group=1, of_kv_groups=2, of_heads_per_group=2, recover_steps=STEPS)
 
@@ -277,7 +278,7 @@ def test_a_killed_recovery_goes_on_and_ends_as_if_nothing_had_been(
     failure, step, recovered = resumed
     assert "killed by SIGKILL" in failure.reason
     assert 0 < step < STEPS
-    monkeypatch.setattr(training, "LEARNING_RATE", 1e-3)  # the children's
+    monkeypatch.setattr(training, "LEARNING_RATE", USUAL_RATE)  # the children's
     once = Training(job(whole, pruned, tmp_path / "state"))
     progress = once.go_on(600)
     np.testing.assert_allclose(recovered.progress.losses, progress.losses, rtol=1e-3)

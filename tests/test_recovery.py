@@ -35,6 +35,7 @@ from open_autoglm.settings import Settings
 from open_autoglm.weights import SAFETENSORS
 
 CONTEXT = 64
+USUAL_RATE = training.LEARNING_RATE
 STEPS = 30
 LEVEL = HeadPruning(kv_groups=1, heads_per_group=1, of_kv_groups=2, of_heads_per_group=2, recover_steps=STEPS)
 
@@ -223,14 +224,14 @@ def test_merged_weights_are_the_adapted_model(tmp_path: Path) -> None:
 
 
 class Mortal(Child):
-    """A child that is killed in the middle of its third slice."""
+    """A child that is killed while it works on its twelfth slice, or just after."""
 
     slices = 0
 
     def ask(self, reference: str, *arguments: Any, **options: Any) -> Any:
         self.slices += reference.endswith(":go_on")
-        if self.slices == 3:
-            threading.Timer(0.2, os.kill, (self.pid, signal.SIGKILL)).start()
+        if self.slices == 12:
+            threading.Timer(0.01, os.kill, (self.pid, signal.SIGKILL)).start()
         return super().ask(reference, *arguments, **options)
 
 
@@ -243,7 +244,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def resumed(whole: Checkpoint, pruned: Checkpoint, home: Settings) -> tuple[Failure, int, Recovered]:
     """What the killed attempt answered, how far it had come, and what the next one came to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "SLICE_S", 0.3)
+        patch.setattr(store, "SLICE_S", 1e-9)  # a step each
         patch.setattr(store, "Child", Mortal)
         failure = recover(whole, pruned, LEVEL, home, home.home / "log")
     assert isinstance(failure, Failure)
@@ -251,6 +252,9 @@ def resumed(whole: Checkpoint, pruned: Checkpoint, home: Settings) -> tuple[Fail
     (key,) = {Progress.model_validate_json(metadata_of(state)).key}
     found = load(state, key)
     assert found is not None
+    name = state.name.removesuffix(".state")  # killed while it wrote, it would have left these
+    (home.checkpoints / f".{name}.state.half").touch()
+    (home.checkpoints / f".{name}.half").mkdir()
     recovered = recover(whole, pruned, LEVEL, home, home.home / "log")
     assert isinstance(recovered, Recovered)
     return failure, found[0].step, recovered
@@ -274,7 +278,7 @@ def test_a_killed_recovery_goes_on_and_ends_as_if_nothing_had_been(
     failure, step, recovered = resumed
     assert "killed by SIGKILL" in failure.reason
     assert 0 < step < STEPS
-    monkeypatch.setattr(training, "LEARNING_RATE", 1e-3)  # the children's
+    monkeypatch.setattr(training, "LEARNING_RATE", USUAL_RATE)  # the children's
     once = Training(job(whole, pruned, tmp_path / "state"))
     progress = once.go_on(600)
     np.testing.assert_allclose(recovered.progress.losses, progress.losses, rtol=1e-3)
@@ -307,8 +311,8 @@ def test_the_result_is_a_checkpoint_with_its_record(
     assert record == recovered
     assert (record.whole_digest, record.pruned_digest) == (whole.digest, pruned.digest)
     assert len(record.progress.losses) == STEPS
-    kinds = {path.suffix for path in home.checkpoints.iterdir() if path.is_file()}
-    assert kinds == {".json", ".lock"}
+    name = checkpoint.path.name
+    assert {path.name for path in home.checkpoints.iterdir()} == {name, f"{name}.json", f"{name}.lock"}
 
 
 def test_what_was_recovered_once_is_not_recovered_again(

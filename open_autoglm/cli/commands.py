@@ -292,7 +292,14 @@ def run_reproduce(root: Path, trial_id: str, *, as_json: bool) -> int:
 
 
 def run_prune(
-    model: str, output: Path, *, keep_quality: str, criterion: Criterion, recover_steps: int, **options: Any
+    model: str,
+    output: Path,
+    *,
+    keep_quality: str,
+    criterion: Criterion,
+    recover_steps: int,
+    recover_s: float,
+    **options: Any,
 ) -> int:
     """Search for heads that are not needed and write what is left to ``output``; 3 if all are needed.
 
@@ -312,7 +319,15 @@ def run_prune(
     spec = pruning_spec(checkpoint, share, options["seed"])
     analysis = _analysis(checkpoint, spec, settings)
     _show_progress()
-    run = prune(checkpoint, analysis, spec, settings, criterion=criterion, recover_steps=recover_steps)
+    run = prune(
+        checkpoint,
+        analysis,
+        spec,
+        settings,
+        criterion=criterion,
+        recover_steps=recover_steps,
+        recover_s=recover_s,
+    )
     run = deliver(run, output.expanduser().absolute())
     # With --json, stdout carries the JSON object and everything for people goes to stderr.
     print_pruning(run, make_console(sys.stderr if as_json else sys.stdout))

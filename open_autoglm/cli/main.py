@@ -338,7 +338,14 @@ def events(name: str, **arguments: Any) -> None:
     type=click.IntRange(0, 100_000),
     default=0,
     show_default=True,
-    help="Steps of distillation from the whole model after each cut, for ten minutes at most.",
+    help="Steps of distillation from the whole model after each cut, at most.",
+)
+@click.option(
+    "--recover-s",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Seconds for them, at most.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the texts.")
 @click.option("--json", "as_json", is_flag=True, help="Put the run as JSON on the last line of stdout.")

@@ -11,6 +11,7 @@ from itertools import product
 
 from open_autoglm.schemas import (
     CRITERION,
+    RECOVER_S,
     RECOVER_STEPS,
     AttentionKind,
     Candidate,
@@ -39,7 +40,12 @@ def why_not(profile: ModelProfile) -> str | None:
 
 
 def levels(
-    profile: ModelProfile, *, criterion: Criterion = CRITERION, recover_steps: int = 0, seed: int = 0
+    profile: ModelProfile,
+    *,
+    criterion: Criterion = CRITERION,
+    recover_steps: int = 0,
+    recover_s: float = RECOVER_S,
+    seed: int = 0,
 ) -> list[HeadPruning]:
     """Every level short of the whole model, the one that removes the fewest parameters first."""
     groups, per_group = profile.kv_heads, profile.attention_heads // profile.kv_heads
@@ -51,6 +57,7 @@ def levels(
             of_heads_per_group=per_group,
             criterion=criterion,
             recover_steps=recover_steps,
+            recover_s=recover_s,
             seed=seed,
         )
         for kept, heads in product(range(1, groups + 1), range(1, per_group + 1))

@@ -33,6 +33,7 @@ from open_autoglm.recovery.store import discard, transformed
 from open_autoglm.schemas import (
     CRITERION,
     FORMAT_VERSION,
+    RECOVER_S,
     Analysis,
     Checkpoint,
     Criterion,
@@ -111,6 +112,7 @@ def prune(
     *,
     criterion: Criterion = CRITERION,
     recover_steps: int = 0,
+    recover_s: float = RECOVER_S,
 ) -> PruningRun:
     """Find the level that removes most and keeps ``spec.min_quality``; ``spec`` is `pruning_spec`'s.
 
@@ -131,7 +133,13 @@ def prune(
         _discard_others(bench, judged, settings)
         return step.verdict == "accepted"
 
-    ladder = levels(analysis.profile, criterion=criterion, recover_steps=recover_steps, seed=spec.seed)
+    ladder = levels(
+        analysis.profile,
+        criterion=criterion,
+        recover_steps=recover_steps,
+        recover_s=recover_s,
+        seed=spec.seed,
+    )
     accepted = search(ladder, passes)
     return PruningRun(
         checkpoint=checkpoint.name,

@@ -83,8 +83,7 @@ def recover(
             return stored
         again = f"again, because {problem}; " if problem else ""
         announce(f"{place.directory.name}: {again}recovering, {pruning.recover_steps} steps at most")
-        for leftover in place.directory.parent.glob(f".{place.directory.name}.*"):  # of a run that was killed
-            shutil.rmtree(leftover)
+        place.clear()
         with Child(log) as child:
             found = _Learning(place, child, settings.trial_timeout_s).run()
         if isinstance(found, Recovered):
@@ -125,6 +124,14 @@ class _Place:
         """Not in it: the directory holds what a user's would."""
         return self.directory.with_name(f"{self.directory.name}.{suffix}")
 
+    def clear(self) -> None:
+        """Remove what a run that was killed was writing: a checkpoint is a folder, a state is a file."""
+        for leftover in self.directory.parent.glob(f".{self.directory.name}.*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
     def stored(self) -> tuple[Recovered | None, str]:
         """The sound result that lies there, or None and what is wrong with it."""
         if not self.record.exists():
@@ -144,12 +151,15 @@ class _Learning:
         self._place, self._child, self._timeout_s = place, child, timeout_s
 
     def run(self) -> Recovered | Failure:
+        interrupted = self._place.state.exists()
         begun = self._ask("begin", self._job(), Begun)
         if isinstance(begun, Failure):
             return begun
         progress: Progress | Failure = begun.progress
-        if begun.progress.step:
-            announce(f"{self._place.directory.name}: goes on after step {begun.progress.step}")
+        if interrupted:
+            where = f"goes on after step {begun.progress.step}"
+            lost = "begins again, because its state could not be read"
+            announce(f"{self._place.directory.name}: {where if begun.progress.looks else lost}")
         while isinstance(progress, Progress) and not progress.ended:
             progress = self._ask("go_on", SliceJob(seconds=SLICE_S), Progress)
             if isinstance(progress, Progress):

@@ -16,8 +16,8 @@ from open_autoglm.schemas import Checkpoint
 
 WINDOW_TOKENS = 256
 HELD_OUT_WINDOWS = 4
-"""Of each text, its last ones: 2048 tokens in all, in blocks of 32 for their spread. Each costs as much as a
-step of training every time it is looked at."""
+"""Of each text, its last ones: 2048 tokens in all, in blocks of 32 for their spread. A look at them takes
+about as long as two steps."""
 
 
 class Lessons(NamedTuple):

@@ -30,7 +30,10 @@ from open_autoglm.schemas import Checkpoint, Model
 if TYPE_CHECKING:
     import torch
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
+"""On the demo GLM without a group of its three, 17 single windows took a held-out KL of 2.93 nats to 0.87 at
+this rate and to 1.23 at a third of it; norms, o_proj and down_proj themselves, at 3e-4, came to 1.18 with
+eight times as many numbers to learn."""
 WINDOWS_PER_STEP = 2
 """Their gradients are added, one window in memory at a time."""
 WARM_UP_STEPS = 10

@@ -10,6 +10,8 @@ BIN   := .venv/bin
 READY := .venv/.ready
 DEMO  := $(AUTOGLM_HOME)/demo-glm
 WHEELS := $(AUTOGLM_HOME)/wheels
+# Files of tests that run side by side: most of a test is waiting for some process to start.
+TEST_PROCESSES ?= 2
 PACK   ?= wheels-pack
 PART_MIB ?= 1900
 
@@ -76,7 +78,7 @@ clients: .venv-clients/.ready ## Add OpenAI's client and a load generator, in .v
 	@touch $@
 
 test: $(READY) ## Run the tests; they need no server and leave none
-	env -u PREFECT_API_URL -u MLFLOW_TRACKING_URI $(BIN)/python -m pytest
+	env -u PREFECT_API_URL -u MLFLOW_TRACKING_URI $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check

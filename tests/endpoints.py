@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _URL = re.compile(r"at (https?://\S+)/v1")
 _START_S = 120
@@ -99,3 +102,33 @@ def endpoint(bundle: Path, home: Path, *options: str, **more: Any) -> Iterator[E
         yield server
     finally:
         server.stop(signal.SIGKILL)
+
+
+def engine_of(served: Endpoint) -> psutil.Process:
+    (found,) = [
+        process
+        for process in psutil.Process(served.process.pid).children(recursive=True)
+        if "open_autoglm.serving.engine_main" in process.cmdline()
+    ]
+    return found
+
+
+@contextlib.contextmanager
+def slowed(process: psutil.Process, *, stopped_s: float, running_s: float) -> Iterator[None]:
+    """Stop and continue the process in turn: its work is the same, and takes longer."""
+    ended = threading.Event()
+
+    def pace() -> None:
+        while not ended.is_set():
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(stopped_s)
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(running_s)
+
+    thread = threading.Thread(target=pace)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from endpoints import Endpoint, endpoint, metric
+from endpoints import Endpoint, endpoint, engine_of, slowed
 from windows import QUIET, host, window
 
 from open_autoglm.bundle import open_bundle
@@ -129,36 +125,6 @@ def test_a_key_is_needed(served: Endpoint) -> None:
 
 
 # ── from probe to cause ──────────────────────────────────────────────────────────────────────────
-
-
-def engine_of(served: Endpoint) -> psutil.Process:
-    (found,) = [
-        process
-        for process in psutil.Process(served.process.pid).children(recursive=True)
-        if "open_autoglm.serving.engine_main" in process.cmdline()
-    ]
-    return found
-
-
-@contextmanager
-def slowed(process: psutil.Process, *, stopped_s: float, running_s: float) -> Iterator[None]:
-    """Stop and continue the process in turn: its work is the same, and takes longer."""
-    ended = threading.Event()
-
-    def pace() -> None:
-        while not ended.is_set():
-            os.kill(process.pid, signal.SIGSTOP)
-            time.sleep(stopped_s)
-            os.kill(process.pid, signal.SIGCONT)
-            time.sleep(running_s)
-
-    thread = threading.Thread(target=pace)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def test_a_slower_engine_is_told_from_a_busy_host(served: Endpoint, admin: httpx.Client) -> None:

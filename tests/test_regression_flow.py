@@ -12,9 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from endpoints import Endpoint, endpoint
+from endpoints import Endpoint, endpoint, engine_of, slowed
 from prometheus_server import needs_prometheus, prometheus, wait_for
-from test_probe import engine_of, slowed
 
 from open_autoglm.cli.main import cli
 from open_autoglm.schemas import Judgement

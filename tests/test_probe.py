@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from endpoints import Endpoint, endpoint, engine_of, slowed
+from endpoints import Endpoint, endpoint, engine_of, metric, slowed
 from windows import QUIET, host, window
 
 from open_autoglm.bundle import open_bundle

@@ -93,7 +93,7 @@ def create_app(prefect_url: str, headers: Mapping[str, str]) -> FastAPI:
     app = FastAPI(lifespan=with_client, docs_url=None, redoc_url=None, openapi_url=None)
     # A web page that calls this machine by a name of its own is not Alertmanager.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app.add_middleware(Limits, body_bytes=_BODY_BYTES, read_s=_PREFECT_S)
+    app.add_middleware(Limits, body_bytes=_BODY_BYTES, bodies_bytes=8 * _BODY_BYTES, read_s=_PREFECT_S)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -111,6 +111,22 @@ def look(follower: Follower) -> None:
 # ── aliases ──────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_what_was_swapped_in_by_hand_stays_until_the_alias_moves(
+    shelf: Shelf, fleet: ToyFleet, follow: Follow
+) -> None:
+    """Somebody who administers the server knows what he does; it is told all the while."""
+    name = shelf.register("by-hand", 2)
+    follower = follow(name)
+    look(follower)
+    fleet.champion = ""
+    look(follower)
+    assert fleet.since() == []
+    assert "a bundle that was swapped in by hand answers" in follower.warning
+    shelf.tracker.promote(name, "2", by="ada")
+    look(follower)
+    assert (fleet.since(), follower.warning) == (["swap 2"], "")
+
+
 def test_the_champion_is_swapped_when_its_alias_moves(
     shelf: Shelf, fleet: ToyFleet, follow: Follow, tmp_path: Path
 ) -> None:

@@ -110,6 +110,8 @@ class Follower:
         """What the registry has to be told, in this order."""
         self._sending = asyncio.Lock()
         self._rejected: dict[_Role, str] = {}
+        self._followed = ""
+        """The champion that answered here as the registry wanted: who took its place since was put there."""
         self._wrong: dict[str, str] = {"registry": warning} if warning else {}
         self._answering: dict[str, _Held] = {}
         """What was let in, by its version."""
@@ -182,10 +184,16 @@ class Follower:
             self._tell("champion", f"{self._model} has no champion in the registry: {self._going_on()}")
         elif wanted == running:
             self._well("champion")
+        elif wanted == self._followed:
+            who = f"version {running}" if running else "a bundle"
+            told = f"{who} that was swapped in by hand answers until the champion's alias moves"
+            self._tell("champion", told)
         elif wanted == tried:
             await self._promote(wanted)
         else:
             await self._admit("champion", wanted, aliases, self._fleet.swap)
+        if wanted is not None and wanted == self._fleet.versions[0]:
+            self._followed = wanted
         self._let_go()
 
     async def _promote(self, version: str) -> None:

@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -298,13 +299,31 @@ def test_an_event_starts_one_run() -> None:
         }
         action = {"type": "run-deployment", "source": "selected", "deployment_id": deployment}
         post("/automations/", {"name": "breached", "trigger": trigger, "actions": [action]})
-        later = notification()
-        later["alerts"][0]["startsAt"] = "2026-01-01T11:00:00Z"
-        for body in (notification(), notification()):
-            assert bridge.post("/alerts", json=body).json() == {"events": 1}
-        wait_for(lambda: runs() == 1)
-        assert bridge.post("/alerts", json=later).json() == {"events": 1}
-        wait_for(lambda: runs() == 2)
+        wait_until_heard(bridge, runs)
+        known = runs()
+        for hour in (10, 10, 11):
+            assert bridge.post("/alerts", json=alert_of(f"2026-01-01T{hour}:00:00Z")).json() == {"events": 1}
+        wait_for(lambda: runs() == known + 2)
+        time.sleep(1)
+        assert runs() == known + 2
+
+
+def alert_of(begun: str) -> dict[str, Any]:
+    told = notification()
+    told["alerts"][0]["startsAt"] = begun
+    return told
+
+
+def wait_until_heard(bridge: TestClient, runs: Callable[[], int]) -> None:
+    """An automation is made before it listens: what is told meanwhile starts nothing."""
+    for second in range(60):
+        bridge.post("/alerts", json=alert_of(f"2025-01-01T00:00:{second:02}Z"))
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            if runs():
+                return
+            time.sleep(0.1)
+    pytest.fail("no alert starts a run")
 
 
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────

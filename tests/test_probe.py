@@ -131,7 +131,7 @@ def test_a_slower_engine_is_told_from_a_busy_host(served: Endpoint, admin: httpx
     """The engine's process is held back most of its time. Where the host is quiet that is the engine;
     with a neighbour, which could do the same, it is the environment."""
     baseline = examine(admin, 3)
-    with slowed(engine_of(served), stopped_s=0.15, running_s=0.01):
+    with slowed(engine_of(served), stopped_s=0.009, running_s=0.001):
         found = examine(admin, 8)
     ratios = golden_ratios(found, baseline, CausePolicy())
     assert ratios is not None

@@ -16,7 +16,9 @@ from endpoints import Endpoint, endpoint, engine_of, slowed
 from prometheus_server import needs_prometheus, prometheus, wait_for
 
 from open_autoglm.cli.main import cli
-from open_autoglm.schemas import Judgement
+from open_autoglm.monitoring.answer import is_curable
+from open_autoglm.monitoring.config import read_watch_spec
+from open_autoglm.schemas import Cause, Judgement
 from open_autoglm.settings import Settings
 
 NAME = "tiny"
@@ -27,7 +29,7 @@ service: tiny
 endpoint: {endpoint}
 prometheus: {prometheus}
 slo:
-  e2e_p95: 100ms
+  e2e_p95: 60ms
 judge: {{window: 6s, min_requests: 5, confirm_windows: 2, probe: 3s, cool_down: 1h}}
 action: {{canary_weight: 10, shadow_weight: 20}}
 optimize: {{model_path: {model}, max_latency: 1s}}
@@ -67,7 +69,7 @@ def callers(url: str) -> Iterator[list[int]]:
 
 @pytest.fixture
 def served(tiny_bundle: Path, tmp_path: Path) -> Iterator[Endpoint]:
-    options = ("--name", NAME, "--max-tokens", "200", "--slo-e2e", "100ms")
+    options = ("--name", NAME, "--max-tokens", "200", "--slo-e2e", "60ms")
     with endpoint(tiny_bundle, tmp_path / "home", *options) as server:
         yield server
 
@@ -117,7 +119,7 @@ def started() -> list[Any]:
 
 
 def test_a_slow_engine_is_found_explained_and_answered(served: Endpoint, config: Path) -> None:
-    """Well, then breached in two windows running, then optimised again, once; nobody's request is lost."""
+    """Well, then breached in two windows running, explained, and answered once; nobody's request is lost."""
     deploy()
     with callers(served.url) as statuses:
         wait_for(lambda: len(statuses) > 5)
@@ -129,16 +131,33 @@ def test_a_slow_engine_is_found_explained_and_answered(served: Endpoint, config:
     assert [judgement.state for judgement in acted] == ["breached"], [one.reasons for one in found]
     cause = acted[0].cause
     assert cause is not None
-    assert cause.kind in ("engine", "environment"), cause  # the host of the tests may be busy, too
-    runs = started()
-    assert len(runs) == (cause.kind == "engine")
-    for run in runs:
-        request = run.parameters["request"]
-        assert request["reason"].startswith("engine: ")
-        assert request["spec"]["output_tokens"] == 24
-        assert request["canary"] == {"weight_percent": 10, "shadow_percent": 20}
+    # Which one it is depends on what else the tests' host does; test_probe and test_cause are about that.
+    assert cause.evidence["probe_s"] == pytest.approx(3, abs=1)
+    assert len(started()) == is_curable(cause)
     assert set(statuses) == {200}
     check_records(acted[0])
+    check_answer(config, acted[0])
+
+
+def check_answer(config: Path, acted: Judgement) -> None:
+    """A breach that the engine has caused, told twice within the hour, is one run of `reoptimize`."""
+    from prefect import flow
+
+    from tasks.monitor import start_reoptimization
+
+    watch = read_watch_spec(config)
+    cause = Cause(kind="engine", told="it is slower alone", evidence={})
+
+    @flow
+    def answer() -> None:
+        for _ in range(2):
+            start_reoptimization(watch, acted, cause)
+
+    answer()
+    (run,) = started()
+    asked = run.parameters["request"]
+    assert asked["spec"]["output_tokens"] == 24
+    assert asked["canary"] == {"weight_percent": 10, "shadow_percent": 20}
 
 
 def check_records(acted: Judgement) -> None:
@@ -154,7 +173,7 @@ def check_records(acted: Judgement) -> None:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["breached"] == 1
-    assert run.data.metrics["e2e_p95_ms"] > 100
+    assert run.data.metrics["e2e_p95_ms"] > 60
     assert acted.window is not None
     assert acted.window.bundle_digest in run.info.run_name
     assert client.list_artifacts(run.info.run_id, "breaches")

@@ -98,8 +98,8 @@ def served(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_who_waits_for_the_only_slot_is_seen_to_wait(served: Endpoint) -> None:
-    """Of sixteen answers at once each waits for all before it: 0 + 1 + … + 15 times as long as one takes if all
-    take as long. They do not on a busy host, but nobody waits for longer than the whole takes."""
+    """Of sixteen answers at once each waits for all before it: 0 + 1 + … + 15 times as long as one takes, if
+    all take as long. They do not on a busy host, but nobody waits for longer than the whole takes."""
     body = {"model": NAME, "prompt": [PROMPT] * 16, "ignore_eos": True, "temperature": 0, "max_tokens": 480}
     with httpx.Client(base_url=served.url, timeout=60) as http:
         http.get("/healthz")

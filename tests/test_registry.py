@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +16,7 @@ import pytest
 from bundles import openable_study
 from endpoints import endpoint
 from registries import MlflowServer, Shelf
+from small_disk import on_a_small_disk
 
 from open_autoglm.bundle import open_bundle
 from open_autoglm.errors import UserError
@@ -384,16 +383,6 @@ except NoRoom as error:
     print(error)
 print([path.name for path in Path(root).iterdir() if path.is_dir()])
 """
-
-
-def on_a_small_disk(size: str, root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` where ``root`` is a disk of its own, in memory; skip if the kernel does not let us."""
-    mount = f"mount -t tmpfs -o size={size} none {root} && exec "
-    line = mount + '"$@"'
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"]).returncode:
-        pytest.skip("no disk can be mounted here without privileges")
-    return subprocess.run([*namespace, "sh", "-c", line, "sh", *command], capture_output=True, text=True)
 
 
 @pytest.mark.usefixtures("stocked")

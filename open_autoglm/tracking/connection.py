@@ -6,10 +6,11 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import without_password
@@ -25,6 +26,10 @@ _QUIET = {
 }
 LONGEST_TAG = 5000
 
+_Connection = TypeVar("_Connection", bound="Connection")
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
+
 
 def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None) -> str | None:
     """Where the MLflow UI shows the experiment or run; None unless there is a server.
@@ -39,6 +44,19 @@ def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None
 
 class Unreachable(UserError):
     """MLflow could not be asked, or did not answer; asking again later may help."""
+
+
+def asking(
+    method: Callable[Concatenate[_Connection, _Arguments], _Answer],
+) -> Callable[Concatenate[_Connection, _Arguments], _Answer]:
+    """What MLflow refuses while ``method`` runs, and nobody expects, is `Unreachable`: one sentence."""
+
+    @wraps(method)
+    def asked(self: _Connection, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Answer:
+        with self._asking():
+            return method(self, *arguments, **named)
+
+    return asked
 
 
 class Connection:

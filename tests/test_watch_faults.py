@@ -22,6 +22,7 @@ from open_autoglm.monitoring.judge import JudgeState, judge
 from open_autoglm.monitoring.watch import look
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas.watch import Judgement, LatencyWindow
+from open_autoglm.serving.local import LocalEndpoint, announced, local_endpoints
 
 HERE = Path(__file__).parent
 SECOND = timedelta(seconds=1)
@@ -256,3 +257,12 @@ def test_a_disk_without_room_for_a_folder_is_no_data(tmp_path: Path) -> None:
     looks, _ = looks_on(tmp_path, "64k,nr_inodes=2", "at first")
     assert [one["state"] for one in looks] == ["no_data", "no_data", "no_data", "no_data", "no_data"]
     assert all("nothing can be remembered, so nothing is judged" in str(one["reasons"]) for one in looks)
+
+
+def test_a_server_that_cannot_be_announced_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "endpoints").write_text("no folder")
+    here = LocalEndpoint(url="http://127.0.0.1:1", pid=1, token="key")
+    with announced(tmp_path, 1, here, scraped=True):
+        assert local_endpoints(tmp_path) == ()
+    (one,) = caplog.records
+    assert one.getMessage().startswith("commands, watches and Prometheus will not find this server: ")

@@ -53,7 +53,8 @@ def take_probe(served: Served, seconds: float) -> EndpointProbe | NoWindow:
         response = _ask(served.here, "POST", "/admin/probe", {"seconds": seconds}, seconds + _SPARE_S)
         return EndpointProbe.model_validate_json(response.content)
     except (httpx.HTTPError, OSError) as error:
-        return NoWindow(f"the endpoint at {served.here.url} could not be probed: {error}")
+        why = str(error) or type(error).__name__
+        return NoWindow(f"the endpoint at {served.here.url} could not be probed: {why}")
     except ValidationError as error:
         told = error.errors()[0]["msg"]
         return NoWindow(f"the endpoint at {served.here.url} answered with no probe: {told}")

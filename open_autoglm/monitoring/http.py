@@ -62,7 +62,7 @@ def ask(
     except httpx.TimeoutException:
         return NoWindow(f"{who} did not answer in time")
     except httpx.HTTPError as error:
-        return NoWindow(f"{who} does not answer: {error or type(error).__name__}")
+        return NoWindow(f"{who} does not answer: {str(error) or type(error).__name__}")
     if response.status_code != 200:
         told = body.decode(errors="replace")[:200]
         return NoWindow(f"{who} answered with status {response.status_code}: {told}")

@@ -31,11 +31,11 @@ class Approval(RunInput):
     remark: str = ""
 
 
-@task
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
 def run_study(rung: Rung, spec: OptimizeSpec) -> Study:
     """One rung of the ladder, as a run of the deployment `optimize`: it waits its turn for the device.
 
-    Raises StudyError if the run did not end well.
+    A retry, after Prefect's server was away, waits for the same run. Raises StudyError if it ended badly.
     """
     output = Settings().studies / f"reoptimize-{flow_run.get_id()}-{rung}"
     asked = spec.model_copy(update={"output": str(output)})

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import alert_bridge
+import httpx
 import pytest
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
@@ -21,7 +22,7 @@ from registries import Shelf
 from watched import window
 
 from open_autoglm.cli.main import cli
-from open_autoglm.errors import UserError
+from open_autoglm.errors import StudyError, UserError
 from open_autoglm.monitoring.config import WatchSpec, read_watch_spec
 from open_autoglm.schemas import (
     Canary,
@@ -260,6 +261,36 @@ def test_a_poll_and_an_alert_at_once_are_one_study(home: Path) -> None:
     assert said == ["None", "None"]
     (run,) = started("twice")
     assert run.parameters["request"]["spec"]["register_as"] == "twice"
+
+
+@pytest.mark.usefixtures("prefect_harness", "home")
+def test_a_study_is_found_again_after_prefect_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is waited for: a retry waits for the same run, and one that ended badly is not made again."""
+    from prefect import flow
+
+    from flows.optimize import optimize
+    from tasks import deploy
+
+    optimize.to_deployment("optimize").apply()
+    begin, begun = deploy.run_deployment, []
+
+    def interrupted(name: str, **asked: Any) -> Any:
+        begun.append(begin(name, **{**asked, "timeout": 0}))
+        if len(begun) == 1:
+            raise httpx.ConnectError("connection refused")
+        return begun[-1]
+
+    monkeypatch.setattr(deploy, "run_deployment", interrupted)
+    patient = deploy.run_study.with_options(retry_delay_seconds=0)
+
+    @flow
+    def study() -> None:
+        patient("quantise", OptimizeSpec(model_path="m"))
+
+    with pytest.raises(StudyError, match="the study of rung quantise ended as Scheduled"):
+        study()
+    assert len(begun) == 2
+    assert begun[0].id == begun[1].id
 
 
 LOOKING = """

@@ -16,19 +16,18 @@ from typing import Any
 import alert_bridge
 import httpx
 import pytest
+from breaches import NOT_ASKED, SLOWER, bad, breached, watch_of
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from registries import Shelf
-from watched import window
 
 from open_autoglm.cli.main import cli
 from open_autoglm.errors import StudyError, UserError
-from open_autoglm.monitoring.config import WatchSpec, read_watch_spec
+from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.schemas import (
     Canary,
     Cause,
     Judgement,
-    LatencyWindow,
     OptimizeSpec,
     Outcome,
     Reoptimization,
@@ -37,15 +36,6 @@ from open_autoglm.tracking import UnderWay, Unreachable, aliases
 
 HERE = Path(__file__).parent
 SECOND = timedelta(seconds=1)
-WATCH = """
-service: {service}
-endpoint: http://127.0.0.1:9
-prometheus: http://127.0.0.1:9
-slo: {{ttft_p95: 500ms}}
-optimize: {{model_path: demo}}
-"""
-SLOWER = Cause(kind="engine", told="it is slower alone", evidence={"probe_s": 30.0})
-NOT_ASKED = Cause(kind="unknown", told="no endpoint has the bundle", evidence={})
 
 
 @contextmanager
@@ -62,24 +52,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def watch_of(home: Path, service: str) -> WatchSpec:
-    path = home / "watches" / f"{service}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(WATCH.format(service=service))
-    return read_watch_spec(path)
-
-
-def bad(number: int, service: str) -> LatencyWindow:
-    return window(number, bad=200, service=service)
-
-
-def breached(service: str, number: int = 1) -> Judgement:
-    one = bad(number, service)
-    return Judgement(
-        service=service, at=one.end, state="breached", act=True, due=one.end, reasons=("slow",), window=one
-    )
-
-
 # ── MLflow ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -90,26 +62,29 @@ def artifacts() -> set[str]:
         return {artifact.key or "" for artifact in client.read_artifacts(limit=200)}
 
 
-def recorded(watch: WatchSpec, caplog: pytest.LogCaptureFixture) -> str:
+def recorded(watch: WatchSpec, monkeypatch: pytest.MonkeyPatch) -> str:
     """Record a breach, and what is said of it."""
     from prefect import flow
 
-    from tasks.monitor import record
+    from tasks import monitor
+
+    said: list[str] = []
+    monkeypatch.setattr(monitor, "announce", said.append)
 
     @flow
     def run() -> None:
-        record(breached(watch.service), watch)
+        monitor.record(breached(watch.service), watch)
 
-    with caplog.at_level("INFO", logger="open_autoglm.progress"):
-        run()
+    run()
     assert f"judgement-{watch.service}" in artifacts()
-    return "".join(one.getMessage() for one in caplog.records if one.name == "open_autoglm.progress")
+    (sentence,) = said
+    return sentence
 
 
 @pytest.mark.usefixtures("prefect_harness")
 @pytest.mark.parametrize("fault", ["hangs", "down", "deleted", "files", "nonsense"])
 def test_an_mlflow_that_does_not_answer_costs_only_its_own_record(
-    fault: str, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The judgement is in Prefect, and one sentence says that it is not in MLflow, and why."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -117,7 +92,7 @@ def test_an_mlflow_that_does_not_answer_costs_only_its_own_record(
     watch = watch_of(home, f"record-{fault}")
     with silence() as silent:
         spoil(fault, watch, silent, monkeypatch)
-        said = recorded(watch, caplog)
+        said = recorded(watch, monkeypatch)
     assert said.startswith("the judgement is not in MLflow: ")
     assert "\n" not in said
     assert {
@@ -125,7 +100,7 @@ def test_an_mlflow_that_does_not_answer_costs_only_its_own_record(
         "down": "refused",
         "deleted": "was deleted: restore it",
         "files": "Not a directory",
-        "nonsense": "cannot be used",
+        "nonsense": "http://[::1 is no address of an MLflow server",
     }[fault] in said
 
 
@@ -214,7 +189,7 @@ ANSWERING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from prefect import flow
-from test_flow_faults import SLOWER, breached
+from breaches import SLOWER, breached
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
 from open_autoglm.settings import Settings
 from tasks.monitor import start_reoptimization

@@ -224,6 +224,7 @@ for number in (1, 2):
 ballast.unlink()
 for number in (3, 4):
     tell(number)
+    store.answered()
 print(len(list(store.history())))
 """
 
@@ -253,7 +254,7 @@ def test_a_full_disk_stops_acts_and_not_looks(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_for_a_folder_is_no_data(tmp_path: Path) -> None:
-    """Nothing can be remembered, so nothing is judged; with room it begins."""
+    """Nothing can be remembered, so nothing is judged, and that is said."""
     looks, _ = looks_on(tmp_path, "64k,nr_inodes=2", "at first")
     assert [one["state"] for one in looks] == ["no_data", "no_data", "no_data", "no_data", "no_data"]
     assert all("nothing can be remembered, so nothing is judged" in str(one["reasons"]) for one in looks)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import without_password
@@ -164,6 +165,18 @@ def _check_uri(uri: str) -> None:
             f"MLflow no longer keeps runs in a folder such as {uri!r}: give a database like "
             "sqlite:////absolute/path/mlflow.db, or a server like http://127.0.0.1:5000"
         )
+    elif is_http(uri):
+        _check_address(uri)
+
+
+def _check_address(uri: str) -> None:
+    try:
+        complete = bool(urlsplit(uri).hostname) and urlsplit(uri).port != 0
+    except ValueError:
+        complete = False
+    if not complete:
+        told = without_password(uri)
+        raise UserError(f"{told} is no address of an MLflow server: give one like http://127.0.0.1:5000")
 
 
 def _root_cause(error: BaseException) -> str:

@@ -180,10 +180,10 @@ def _check_address(uri: str) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """One line: what the network said, below the layers of HTTP clients, or else the error's own words."""
+    """One line: what network or database said, below the layers of clients, or else the error's own words."""
     cause, deeper = error, error.__cause__ or error.__context__
     while deeper is not None:
-        cause = deeper if isinstance(deeper, OSError) else cause
+        cause = deeper if isinstance(deeper, OSError | sqlite3.Error) else cause
         deeper = deeper.__cause__ or deeper.__context__
     return str(cause).strip().split("\n")[0]
 

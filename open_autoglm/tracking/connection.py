@@ -53,7 +53,7 @@ def asking(
     """What MLflow refuses while ``method`` runs, and nobody expects, is `Unreachable`: one sentence."""
 
     @wraps(method)
-    def asked(self: _Connection, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Answer:
+    def asked(self: _Connection, /, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Answer:
         with self._asking():
             return method(self, *arguments, **named)
 

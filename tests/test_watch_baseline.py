@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from watched import WINDOW, baseline, histogram, judged, traffic, window
 
-from open_autoglm.monitoring.baseline import LEAST_WINDOWS, Anchor, Baseline, Observation, learn, observe
+from open_autoglm.monitoring.baseline import Anchor, Baseline, Observation, learn, observe
 from open_autoglm.monitoring.lesson import Lesson, attend, next_baseline
+from open_autoglm.monitoring.noise import LEAST_WINDOWS
 from open_autoglm.monitoring.shift import Point, ShiftPolicy, Track, follow, level_limit
 
 DAY = 24

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from open_autoglm.monitoring.baseline import LEAST_WINDOWS, Anchor, Baseline, Observation, learn, observe
+from open_autoglm.monitoring.baseline import Anchor, Baseline, Observation, learn, observe
+from open_autoglm.monitoring.noise import LEAST_WINDOWS
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import Judgement
 

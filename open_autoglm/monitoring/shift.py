@@ -19,7 +19,8 @@ from functools import lru_cache
 
 from pydantic import Field
 
-from open_autoglm.monitoring.baseline import SLACK, Expectation, Noise
+from open_autoglm.monitoring.baseline import Expectation
+from open_autoglm.monitoring.noise import SLACK, Noise
 from open_autoglm.schemas.base import Model
 
 _REFERENCES = 2
@@ -58,6 +59,7 @@ class Point(Model):
     log_ratio: float
     uncertainty: float = Field(description="standard error of the baseline for such a window")
     answers: int
+    beside_host: bool = Field(False, description="its host's share was left out")
 
 
 class Track(Model):
@@ -84,7 +86,12 @@ class Finding(Model):
 def follow(
     track: Track, point: Point, expectation: Expectation, policy: ShiftPolicy
 ) -> tuple[Track, Finding]:
-    """The track with ``point`` added, which must be later than its last, and what that shows."""
+    """The track with ``point`` added, which must be later than its last, and what that shows.
+
+    Ratios with and without the host's share are not compared with each other: the track begins anew.
+    """
+    if track.recent and track.recent[-1].beside_host != point.beside_host:
+        track = Track()
     recent = (*track.recent, point)[-(policy.confirm + _REFERENCES) :]
     limit = level_limit(expectation.noise, policy)
     sure = expectation.windows >= policy.level_lesson
@@ -113,9 +120,21 @@ def level_limit(noise: Noise, policy: ShiftPolicy) -> float:
     2k²/ω² exp(−2kb/ω²). A host that drifts for longer than the lesson shows is not such a process, so the
     limit is also well above what the lesson itself has reached.
     """
-    variance = max(noise.long_run, 1e-6) ** 2
+    variance = max(noise.long_run, 1e-6) ** 2 * _at_most(noise.independent)
     seldom = math.log(max(math.e, 2 * SLACK**2 / variance * policy.quiet_windows))
     return max(variance / (2 * SLACK) * seldom, _BEYOND_LESSON * noise.excursion)
+
+
+def _at_most(independent: float) -> float:
+    """How many times as large a variance may be as it seems from so many values: its upper bound (χ²)."""
+    if not UPPER:
+        return 1.0
+    from scipy.stats import chi2
+
+    return independent / float(chi2.ppf(UPPER, independent))
+
+
+UPPER = 0.0
 
 
 def _added(total: float, point: Point) -> float:

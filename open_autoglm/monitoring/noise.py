@@ -1,0 +1,116 @@
+"""What remains of a baseline's log ratios while all is well, and how much of it lasts.
+
+A part of the host that lasts from window to window (an AR(1) process), and a part of the requests that came
+by chance, smaller the more they were.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from open_autoglm.schemas.base import Model
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+LEAST_WINDOWS = 24
+SLACK = math.log(1.1) / 2
+"""Of the cumulative sums: half of a change by 10 %, the least that is worth another study."""
+
+_LEAST_NOISE = 0.005
+_LONGEST_MEMORY = 0.985
+_NEAR = 2.0
+_KEPT_BY_NEAR = 0.9205
+"""The variance of a standard normal value that is cut off at ±2: single bursts are no part of a forecast."""
+
+_FAR = 3.5
+
+
+class Noise(Model):
+    """Of the log ratio of a window's mean to what was expected, while all is well."""
+
+    between: float = Field(ge=0, description="standard deviation of what the host adds for a while")
+    within: float = Field(ge=0, description="of a single request; of a mean, by the root of their number")
+    memory: float = Field(
+        ge=0, lt=1, description="least correlation of the host's part with the window before"
+    )
+    long_run: float = Field(ge=0, description="standard deviation of a sum of n windows is this times √n")
+    independent: float = Field(
+        default=1.0, gt=0, description="windows that would say as much of the mean if none had a memory"
+    )
+    excursion: float = Field(
+        ge=0,
+        description="highest cumulative sum of what was above the slack, or below it, while it was learned",
+    )
+
+
+def noise_of(errors: Floats, answers: Floats, follows: NDArray[np.bool_]) -> Noise:
+    """The requests' part from the differences of windows that follow each other, in which a host that drifts
+    over a day is not seen; the host's is the rest. Memory is taken as a standard error less than it seems: a
+    host that forgets is harder to forecast."""
+    count, sd = len(errors), robust_sd(errors)
+    near = np.clip(errors, -_NEAR * sd, _NEAR * sd)
+    request = _requests_variance(errors, answers, follows)
+    host = float(np.mean(near**2)) / _KEPT_BY_NEAR - request * float(np.mean(1 / answers))
+    host = max(host, _LEAST_NOISE**2)
+    pairs = (near[:-1] * near[1:])[follows] / _KEPT_BY_NEAR
+    memory = float(np.clip(pairs.mean() / host, 0, _LONGEST_MEMORY)) if len(pairs) else 0.0
+    far = np.clip(errors, -_FAR * sd, _FAR * sd)
+    memory_of_level, variance = _long_run(far)
+    return Noise(
+        between=math.sqrt(host),
+        within=math.sqrt(request),
+        memory=max(0.0, memory - math.sqrt((1 - memory**2) / count)),
+        long_run=math.sqrt(variance),
+        independent=count * (1 - memory_of_level) / (1 + memory_of_level),
+        excursion=max(_largest_sum(far), _largest_sum(-far)),
+    )
+
+
+def _requests_variance(errors: Floats, answers: Floats, follows: NDArray[np.bool_]) -> float:
+    """Of a single request: how much more windows of few requests differ from the ones before them."""
+    from scipy.optimize import nnls
+
+    if follows.sum() < LEAST_WINDOWS // 2:
+        return 0.0
+    steps = np.diff(errors)[follows]
+    sd = robust_sd(steps)
+    few = (1 / answers[1:] + 1 / answers[:-1])[follows]
+    squares = np.clip(steps, -_NEAR * sd, _NEAR * sd) ** 2 / _KEPT_BY_NEAR
+    (_, request), _ = nnls(np.column_stack([np.ones(len(few)), few]), squares)
+    return float(request)
+
+
+def _largest_sum(errors: Floats) -> float:
+    """How high a cumulative sum of what is above `SLACK` gets."""
+    total = largest = 0.0
+    for excess in (errors - SLACK).tolist():
+        total = max(0.0, total + excess)
+        largest = max(largest, total)
+    return largest
+
+
+def _long_run(errors: Floats) -> tuple[float, float]:
+    """The memory and the variance of the long run: Newey and West 1987, of what an AR(1) process does not
+    explain (Andrews and Monahan 1992). Both the process's memory and the rest are taken as a standard error
+    more than they seem: a short lesson must not make the judge sure."""
+    count, lags = len(errors), math.isqrt(len(errors))
+    memory = float(np.dot(errors[1:], errors[:-1]) / max(np.dot(errors, errors), 1e-12))
+    rest = errors[1:] - memory * errors[:-1]
+    products = [float(np.dot(rest[lag:], rest[: len(rest) - lag])) for lag in range(lags + 1)]
+    weighted = [2 * (1 - lag / (lags + 1)) * products[lag] for lag in range(1, lags + 1)]
+    variance = max(products[0] / 4, products[0] + sum(weighted)) / len(rest)
+    bias, error = (1 + 3 * memory) / count, math.sqrt((1 - memory**2) / count)  # the bias: Kendall 1954
+    memory = min(max(0.0, memory + bias + error), _LONGEST_MEMORY)
+    return memory, variance / (1 - memory) ** 2 * (1 + math.sqrt(4 * lags / (3 * count)))
+
+
+def robust_sd(errors: Floats) -> float:
+    """By the median absolute deviation, for a normal distribution."""
+    return max(1.4826 * float(np.median(np.abs(errors - np.median(errors)))), 1e-9)

@@ -197,8 +197,8 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         wrong = ", ".join(f"{kind} {count}" for kind, count in row.named.items() if kind != row.cause)
-        right = share(row.right, row.breaches) if row.breaches else "–"
-        lines.append(f"| {row.scenario} | {row.cause} | {row.breaches} | {right} | {wrong or '–'} |")
+        rate = share(row.right, row.breaches) if row.breaches else "–"
+        lines.append(f"| {row.scenario} | {row.cause} | {row.breaches} | {rate} | {wrong or '–'} |")
     right, breaches = totals(rows)
     return "\n".join([*lines, f"| all | | {breaches} | {share(right, breaches)} | |"])
 

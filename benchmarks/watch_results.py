@@ -127,8 +127,8 @@ def report(results: Results) -> str:
     return f"""# The watch on simulated traffic
 
 `make bench-watch`. All seeds are {_SEEDS_ARE[results.seeds]}. Rates are in per cent with their exact
-(Clopper-Pearson) 95 % intervals. On each kind of host there are {len(usual.healthy)} months of 30 healthy days, and
-{_tried(usual)} hosts that each fault befalls.
+(Clopper-Pearson) 95 % intervals. On each kind of host there are {len(usual.healthy)} months of 30 healthy
+days, and {_tried(usual)} hosts that each fault befalls.
 
 A window is 15 minutes. Traffic is Poisson with a day and a week in it (0.7 requests/s on average, 0.28 to
 1.12 over the day), prompts and answers have log-normal lengths, three slots serve them. A request's time in

@@ -113,19 +113,19 @@ def windows(world: World, count: int, seed: int, *, first: int = 0) -> Iterator[
     """``count`` windows from ``BEGIN`` on, or after the ``first``; the same seed has the same host."""
     random = np.random.default_rng((seed, first))
     host = _host_factor(world.host, first + count, seed)
-    paces = _paces_ms(world, host, seed)[first:]
+    paces = _paces_ms(world, host, seed)
     host = host[first:]
     index = np.arange(first, first + count)
     rates = _rates(world.demand, index, np.random.default_rng((seed, 1, first)))
     requests = _simulate(world, index, rates, host, random)
-    return _as_windows(requests, index, paces)
+    return _as_windows(requests, index, None if paces is None else paces[first:])
 
 
-def _paces_ms(world: World, factor: Floats, seed: int) -> Floats | list[None]:
+def _paces_ms(world: World, factor: Floats, seed: int) -> Floats | None:
     """What the endpoint times: as much of the host's factor as it tells, and as much of its own."""
     host, change = world.host, world.change
     if host.told is None:
-        return [None] * len(factor)
+        return None
     random = np.random.default_rng((seed, 4))
     own = _drift(host, len(factor), random) * math.sqrt(1 - host.told**2)
     error = random.normal(0, _PACE_ERROR, len(factor))
@@ -239,7 +239,7 @@ def bounds() -> Mapping[str, tuple[float, ...]]:
 
 
 def _as_windows(
-    requests: _Requests, index: NDArray[np.int64], paces_ms: Floats | list[None]
+    requests: _Requests, index: NDArray[np.int64], paces_ms: Floats | None
 ) -> Iterator[LatencyWindow]:
     times = _times(requests)
     prompts = _histograms(requests.prompt, requests.counted, bounds()["vllm:request_prompt_tokens"])
@@ -262,7 +262,7 @@ def _as_windows(
             output_tokens=outputs[row],
             cached_tokens=0,
             memory_bytes=0,
-            pace_ms=None if paces_ms[row] is None else float(paces_ms[row]),
+            pace_ms=None if paces_ms is None else float(paces_ms[row]),
         )
 
 

@@ -171,6 +171,15 @@ class Baseline(Model):
         description="an idle endpoint's time for the study's request, as a multiple of the study's",
     )
 
+    @property
+    def windows(self) -> int:
+        """That it was learned from."""
+        return max(stage.windows for stage in self.stages.values())
+
+    def is_of(self, window: LatencyWindow) -> bool:
+        """Whether it is of that version and bundle."""
+        return (self.version, self.bundle_digest) == (window.version, window.bundle_digest)
+
     def expect(self, watched: Watched, seen: Observation) -> Expected | None:
         """None if it has not seen such lengths or such a load."""
         features, paced = seen.features(watched), self.paced.get(watched)
@@ -190,7 +199,6 @@ def learn(
     version: str,
     bundle_digest: str,
     observations: Sequence[Observation],
-    anchor: Anchor | None = None,
 ) -> Baseline | None:
     """From a version's healthy windows, in their order; None while they are fewer than `LEAST_WINDOWS`."""
     stages: dict[Watched, Expectation] = {}
@@ -211,19 +219,22 @@ def learn(
         end=observations[-1].end,
         stages=stages,
         paced=paced,
-        slower_than_trial=_beside(anchor, stages) if anchor else {},
     )
 
 
-def _beside(anchor: Anchor, stages: Mapping[Watched, Expectation]) -> dict[Watched, float]:
-    """A baseline that was learned in bad times expects more than the study measured."""
+def beside_trial(baseline: Baseline, anchor: Anchor) -> Baseline:
+    """The same, with how it compares: one that was learned in bad times expects more than the study measured.
+
+    Nothing is said of lengths that the endpoint's traffic does not have; an idle endpoint is always known.
+    """
     context = anchor.prompt_tokens + anchor.output_tokens / 2
     lengths: dict[Watched, float] = {"ttft": anchor.prompt_tokens, "tpot": context}
-    return {
-        name: stages[name].expected_ms((1.0, lengths[name], 0.0)) / median_ms
-        for name, median_ms in anchor.median_ms.items()
-        if name in stages
-    }
+    found = {}
+    for name, median_ms in anchor.median_ms.items():
+        stage = baseline.stages.get(name)
+        if stage is not None and stage.covers((1.0, lengths[name], stage.lowest[-1])):
+            found[name] = stage.expected_ms((1.0, lengths[name], 0.0)) / median_ms
+    return baseline.model_copy(update={"slower_than_trial": found})
 
 
 # ── the fit ──────────────────────────────────────────────────────────────────────────────────────

@@ -97,15 +97,8 @@ def judge(
     state = state.model_copy(update={"judged_until": window.end})
     if (reason := _silent(window, policy)) is not None:
         return _no_data(window, reason, now), state
-    look = _look(window, state, baseline if _is_of(baseline, window) else None, policy)
+    look = _look(window, state, baseline if baseline and baseline.is_of(window) else None, policy)
     return _decide(window, look, state, policy, now)
-
-
-def _is_of(baseline: Baseline | None, window: LatencyWindow) -> bool:
-    return baseline is not None and (baseline.version, baseline.bundle_digest) == (
-        window.version,
-        window.bundle_digest,
-    )
 
 
 # ── before anything is judged ────────────────────────────────────────────────────────────────────

@@ -30,6 +30,7 @@ _KEPT_BY_NEAR = 0.9205
 """The variance of a standard normal value that is cut off at ±2: single bursts are no part of a forecast."""
 
 _FAR = 3.5
+_LAGS = 8
 
 
 class Noise(Model):
@@ -41,9 +42,6 @@ class Noise(Model):
         ge=0, lt=1, description="least correlation of the host's part with the window before"
     )
     long_run: float = Field(ge=0, description="standard deviation of a sum of n windows is this times √n")
-    independent: float = Field(
-        default=1.0, gt=0, description="windows that would say as much of the mean if none had a memory"
-    )
     excursion: float = Field(
         ge=0,
         description="highest cumulative sum of what was above the slack, or below it, while it was learned",
@@ -62,13 +60,11 @@ def noise_of(errors: Floats, answers: Floats, follows: NDArray[np.bool_]) -> Noi
     pairs = (near[:-1] * near[1:])[follows] / _KEPT_BY_NEAR
     memory = float(np.clip(pairs.mean() / host, 0, _LONGEST_MEMORY)) if len(pairs) else 0.0
     far = np.clip(errors, -_FAR * sd, _FAR * sd)
-    memory_of_level, variance = _long_run(far)
     return Noise(
         between=math.sqrt(host),
         within=math.sqrt(request),
         memory=max(0.0, memory - math.sqrt((1 - memory**2) / count)),
-        long_run=math.sqrt(variance),
-        independent=count * (1 - memory_of_level) / (1 + memory_of_level),
+        long_run=math.sqrt(_long_run_variance(far)),
         excursion=max(_largest_sum(far), _largest_sum(-far)),
     )
 
@@ -96,19 +92,35 @@ def _largest_sum(errors: Floats) -> float:
     return largest
 
 
-def _long_run(errors: Floats) -> tuple[float, float]:
-    """The memory and the variance of the long run: Newey and West 1987, of what an AR(1) process does not
-    explain (Andrews and Monahan 1992). Both the process's memory and the rest are taken as a standard error
-    more than they seem: a short lesson must not make the judge sure."""
+def _long_run_variance(errors: Floats) -> float:
+    """Newey and West 1987, of what an AR(1) process does not explain (Andrews and Monahan 1992). Both the
+    process's memory and the rest are taken as a standard error more than they seem: a short lesson must not
+    make the judge sure."""
     count, lags = len(errors), math.isqrt(len(errors))
-    memory = float(np.dot(errors[1:], errors[:-1]) / max(np.dot(errors, errors), 1e-12))
+    memory = _lasting_memory(errors)
     rest = errors[1:] - memory * errors[:-1]
     products = [float(np.dot(rest[lag:], rest[: len(rest) - lag])) for lag in range(lags + 1)]
     weighted = [2 * (1 - lag / (lags + 1)) * products[lag] for lag in range(1, lags + 1)]
     variance = max(products[0] / 4, products[0] + sum(weighted)) / len(rest)
     bias, error = (1 + 3 * memory) / count, math.sqrt((1 - memory**2) / count)  # the bias: Kendall 1954
     memory = min(max(0.0, memory + bias + error), _LONGEST_MEMORY)
-    return memory, variance / (1 - memory) ** 2 * (1 + math.sqrt(4 * lags / (3 * count)))
+    return variance / (1 - memory) ** 2 * (1 + math.sqrt(4 * lags / (3 * count)))
+
+
+def _lasting_memory(errors: Floats) -> float:
+    """Of the process beneath what each window adds of its own, such as a burst.
+
+    That is in the variance, and in no covariance with another window. So the memory is the ratio by which the
+    covariances fall from lag to lag, as in the Yule-Walker equations of an ARMA(1, 1) process.
+    """
+    count = len(errors)
+    lags = min(_LAGS, count // 8)
+    at = np.array([float(np.dot(errors[lag:], errors[: count - lag])) for lag in range(lags + 1)])
+    with_the_next = float(at[1] / max(at[0], 1e-12))
+    if with_the_next < 2 / math.sqrt(count):  # by chance, and so are the others
+        return with_the_next
+    falls_by = float(np.dot(at[2:], at[1:-1]) / np.dot(at[1:-1], at[1:-1]))
+    return min(max(with_the_next, falls_by), _LONGEST_MEMORY)
 
 
 def robust_sd(errors: Floats) -> float:

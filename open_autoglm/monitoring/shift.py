@@ -120,21 +120,9 @@ def level_limit(noise: Noise, policy: ShiftPolicy) -> float:
     2k²/ω² exp(−2kb/ω²). A host that drifts for longer than the lesson shows is not such a process, so the
     limit is also well above what the lesson itself has reached.
     """
-    variance = max(noise.long_run, 1e-6) ** 2 * _at_most(noise.independent)
+    variance = max(noise.long_run, 1e-6) ** 2
     seldom = math.log(max(math.e, 2 * SLACK**2 / variance * policy.quiet_windows))
     return max(variance / (2 * SLACK) * seldom, _BEYOND_LESSON * noise.excursion)
-
-
-def _at_most(independent: float) -> float:
-    """How many times as large a variance may be as it seems from so many values: its upper bound (χ²)."""
-    if not UPPER:
-        return 1.0
-    from scipy.stats import chi2
-
-    return independent / float(chi2.ppf(UPPER, independent))
-
-
-UPPER = 0.0
 
 
 def _added(total: float, point: Point) -> float:

@@ -131,8 +131,7 @@ class Fleet:
         """Answers ever begun by who is here now; another number means that somebody came, or left."""
         return sum(service.begun for service in self._here)
 
-    @property
-    def quiet(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether no engine here is known to do anything, for clients or for us."""
         return not any(service.busy or service.engine.load.running for service in self._here)
 

@@ -54,11 +54,11 @@ async def keep_pace(fleet: Fleet, every_s: float = _EVERY_S) -> None:
 
 async def _time_once(fleet: Fleet, work: HostPace) -> None:
     champion, begun = fleet.champion, fleet.begun
-    if not fleet.quiet:
+    if not fleet.is_quiet():
         return
     await asyncio.sleep(_SETTLED_S)
-    if not fleet.quiet:
+    if not fleet.is_quiet():
         return
     seconds = await asyncio.to_thread(work.time_s)
-    if fleet.quiet and fleet.begun == begun and fleet.champion is champion:
+    if fleet.is_quiet() and fleet.begun == begun and fleet.champion is champion:
         champion.metrics.host_pace(seconds)

@@ -112,7 +112,7 @@ def test_the_study_says_nothing_of_lengths_that_nobody_asks() -> None:
 
 
 def test_bursts_do_not_hide_how_long_a_host_drifts() -> None:
-    """One window in fifty is half as slow again, which is in no covariance with another one: the long run is no
+    """One window in fifty is half as slow again, and says nothing of the next: the long run is not taken for
     less noisy than that of the drift alone."""
     random, drift, found = np.random.default_rng(4), 0.0, []
     for number in range(672):
@@ -120,7 +120,8 @@ def test_bursts_do_not_hide_how_long_a_host_drifts() -> None:
         burst = 1.5 if number % 50 == 7 else 1.0
         found.append(observe(traffic(number, slower=burst * math.exp(drift), noise=0.0)))
     noise = learned([one for one in found if one is not None]).stages["tpot"].noise
-    assert noise.long_run > 0.03 * math.sqrt(1.95 / 0.05)
+    assert noise.long_run_at_most > 0.03 * math.sqrt(1.95 / 0.05)
+    assert noise.long_run_at_most > 1.2 * noise.long_run
 
 
 # ── lessons ──────────────────────────────────────────────────────────────────────────────────────

@@ -59,7 +59,7 @@ def name(shelf: Shelf, request: pytest.FixtureRequest) -> str:
 
 
 def test_a_lost_baseline_is_found_again(shelf: Shelf, name: str, tmp_path: Path) -> None:
-    """Registered once, under a tag of its version; fetched by a watch that knows nothing, and then compares."""
+    """Registered once, under a tag of its version; fetched by a watch that knows nothing, and compares."""
     watch, store = watch_of(name), WatchStore(tmp_path, name)
     known, one = of(name, baseline(96)), judgement_of(name)
     assert share_baseline(watch, one, store, shelf.tracker) is None

@@ -31,6 +31,7 @@ _KEPT_BY_NEAR = 0.9205
 
 _FAR = 3.5
 _LAGS = 8
+_DOUBT = 0.05
 
 
 class Noise(Model):
@@ -42,6 +43,7 @@ class Noise(Model):
         ge=0, lt=1, description="least correlation of the host's part with the window before"
     )
     long_run: float = Field(ge=0, description="standard deviation of a sum of n windows is this times √n")
+    long_run_at_most: float = Field(ge=0, description="the same, as large as the lesson leaves it possible")
     excursion: float = Field(
         ge=0,
         description="highest cumulative sum of what was above the slack, or below it, while it was learned",
@@ -60,11 +62,13 @@ def noise_of(errors: Floats, answers: Floats, follows: NDArray[np.bool_]) -> Noi
     pairs = (near[:-1] * near[1:])[follows] / _KEPT_BY_NEAR
     memory = float(np.clip(pairs.mean() / host, 0, _LONGEST_MEMORY)) if len(pairs) else 0.0
     far = np.clip(errors, -_FAR * sd, _FAR * sd)
+    long_run, independent = _long_run(far)
     return Noise(
         between=math.sqrt(host),
         within=math.sqrt(request),
         memory=max(0.0, memory - math.sqrt((1 - memory**2) / count)),
-        long_run=math.sqrt(_long_run_variance(far)),
+        long_run=long_run,
+        long_run_at_most=long_run * _at_most(independent),
         excursion=max(_largest_sum(far), _largest_sum(-far)),
     )
 
@@ -92,19 +96,27 @@ def _largest_sum(errors: Floats) -> float:
     return largest
 
 
-def _long_run_variance(errors: Floats) -> float:
-    """Newey and West 1987, of what an AR(1) process does not explain (Andrews and Monahan 1992). Both the
-    process's memory and the rest are taken as a standard error more than they seem: a short lesson must not
-    make the judge sure."""
+def _long_run(errors: Floats) -> tuple[float, float]:
+    """Its standard deviation, and how many independent windows it is known from.
+
+    Newey and West 1987, of what an AR(1) process does not explain (Andrews and Monahan 1992).
+    """
     count, lags = len(errors), math.isqrt(len(errors))
     memory = _lasting_memory(errors)
+    memory = min(max(0.0, memory + (1 + 3 * memory) / count), _LONGEST_MEMORY)  # the bias: Kendall 1954
     rest = errors[1:] - memory * errors[:-1]
     products = [float(np.dot(rest[lag:], rest[: len(rest) - lag])) for lag in range(lags + 1)]
     weighted = [2 * (1 - lag / (lags + 1)) * products[lag] for lag in range(1, lags + 1)]
     variance = max(products[0] / 4, products[0] + sum(weighted)) / len(rest)
-    bias, error = (1 + 3 * memory) / count, math.sqrt((1 - memory**2) / count)  # the bias: Kendall 1954
-    memory = min(max(0.0, memory + bias + error), _LONGEST_MEMORY)
-    return variance / (1 - memory) ** 2 * (1 + math.sqrt(4 * lags / (3 * count)))
+    return math.sqrt(variance) / (1 - memory), count * (1 - memory) / (1 + memory)
+
+
+def _at_most(independent: float) -> float:
+    """How many times as large a standard deviation may be as it seems from so many values: its upper bound. A
+    host that drifts for hours shows little of itself in a week, and the judge must not be sure of it."""
+    from scipy.stats import chi2
+
+    return math.sqrt(independent / float(chi2.ppf(_DOUBT, independent)))
 
 
 def _lasting_memory(errors: Floats) -> float:

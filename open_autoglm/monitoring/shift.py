@@ -120,7 +120,7 @@ def level_limit(noise: Noise, policy: ShiftPolicy) -> float:
     2k²/ω² exp(−2kb/ω²). A host that drifts for longer than the lesson shows is not such a process, so the
     limit is also well above what the lesson itself has reached.
     """
-    variance = max(noise.long_run, 1e-6) ** 2
+    variance = max(noise.long_run_at_most, 1e-6) ** 2
     seldom = math.log(max(math.e, 2 * SLACK**2 / variance * policy.quiet_windows))
     return max(variance / (2 * SLACK) * seldom, _BEYOND_LESSON * noise.excursion)
 

@@ -150,7 +150,7 @@ def run_cell(
 
 @click.command()
 @click.option("--seeds", type=click.Choice(get_args(Purpose)), default="evaluation", show_default=True)
-@click.option("--healthy", default=30, show_default=True, help="Healthy months per kind of host")
+@click.option("--healthy", default=24, show_default=True, help="Healthy months per kind of host")
 @click.option("--days", default=HEALTHY_DAYS, show_default=True, help="Of a healthy month")
 @click.option("--faulty", default=40, show_default=True, help="Hosts per kind that each fault befalls")
 @click.option("--repeats", default=50, show_default=True, help="Of each scenario whose cause is known")
@@ -163,12 +163,19 @@ def main(
     first = FIRST_SEED[seeds]
     with ProcessPoolExecutor(workers) as pool:
         causes = tuple(pool.map(partial(run_row, repeats=repeats, seed=first), SCENARIOS))
-        cells = tuple(run_cell(host, healthy, faulty, days, first, pool) for host in HOSTS)
-    results = Results(seeds=seeds, cells=cells, causes=causes)
+        results = Results(seeds=seeds, causes=causes)
+        for host in HOSTS:
+            cell = run_cell(host, healthy, faulty, days, first, pool)
+            results = results.model_copy(update={"cells": (*results.cells, cell)})
+            if host not in (USUAL, TOLD):  # a run that is stopped has published what it has
+                publish(results, output)
+    click.echo(report(results))
+
+
+def publish(results: Results, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "watch.json", results.model_dump_json(indent=1) + "\n")
     write_atomic(output / "watch.md", report(results))
-    click.echo(report(results))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from open_autoglm.monitoring.registered import origin_of, share_baseline
 from open_autoglm.monitoring.watch import look
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas import Judgement, LatencyWindow
+from open_autoglm.tracking import Unreachable
 
 WATCHED = {
     "service": "demo",
@@ -132,6 +133,22 @@ def test_a_disk_that_is_full_is_told(shelf: Shelf, name: str, tmp_path: Path) ->
     told = share_baseline(watch, one, lost, shelf.tracker)
     assert told is not None
     assert told.startswith("its registered baseline cannot be kept")
+
+
+def test_mlflow_whose_files_cannot_be_written_is_told(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    """In one sentence; the baseline stays where it is, and is registered another time."""
+    watch, store, one = watch_of(name), WatchStore(tmp_path, name), judgement_of(name)
+    store.keep_baseline(of(name, baseline(48)))
+    shelf.tracker.log_judgement(one)
+    experiment = shelf.client.get_experiment_by_name(f"open-autoglm/{name}")
+    (run,) = shelf.client.search_runs([experiment.experiment_id])
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "baselines").write_text("in the way")
+    with pytest.raises(Unreachable, match="cannot be used"):
+        share_baseline(watch, one, store, shelf.tracker)
+    (folder / "baselines").unlink()
+    assert share_baseline(watch, one, store, shelf.tracker) is not None
 
 
 def test_a_host_is_told_by_its_address() -> None:

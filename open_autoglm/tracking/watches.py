@@ -4,6 +4,8 @@ as files."""
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from open_autoglm.files import digest_of
@@ -25,13 +27,21 @@ class Watches(Connection):
         window = judgement.window
         if window is None:
             return None
-        with self._asking():
+        with self._asking(), self._writing():
             run_id = self._watch_run(window.service, window.version, window.bundle_digest)
             self._draw(run_id, judgement)
             if judgement.state == "breached":
                 path = f"breaches/{judgement.at:%Y%m%dT%H%M%SZ}.json"
                 self._client.log_text(run_id, judgement.model_dump_json(indent=2), path)
             return run_id
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Files, too, where MLflow keeps them on this machine: its disk may be full."""
+        try:
+            yield
+        except OSError as error:
+            raise self._unreachable(error) from error
 
     # ── baselines ────────────────────────────────────────────────────────────────────────────────
 
@@ -42,7 +52,7 @@ class Watches(Connection):
         Unreachable.
         """
         path = f"baselines/{digest_of(origin)[:12]}-{baseline.end:%Y%m%dT%H%M%SZ}.json"
-        with self._asking():
+        with self._asking(), self._writing():
             run_id = self._watch_run(baseline.service, baseline.version, baseline.bundle_digest)
             if self._client.get_run(run_id).data.tags.get(_tag_of(origin)) == path:
                 return False

@@ -53,7 +53,6 @@ HOSTS = (
     Host(drift=0.05, lasts_h=8),
     Host(drift=0.05, lasts_h=8, told=0.6),
     Host(drift=0.03, lasts_h=2, told=0.0),
-    Host(drift=0.05, lasts_h=2),
 )
 
 SHIFTS = (("engine", {"engine": 1.2}), ("engine", {"engine": 1.1}))
@@ -150,9 +149,9 @@ def run_cell(
 
 @click.command()
 @click.option("--seeds", type=click.Choice(get_args(Purpose)), default="evaluation", show_default=True)
-@click.option("--healthy", default=24, show_default=True, help="Healthy months per kind of host")
+@click.option("--healthy", default=20, show_default=True, help="Healthy months per kind of host")
 @click.option("--days", default=HEALTHY_DAYS, show_default=True, help="Of a healthy month")
-@click.option("--faulty", default=40, show_default=True, help="Hosts per kind that each fault befalls")
+@click.option("--faulty", default=30, show_default=True, help="Hosts per kind that each fault befalls")
 @click.option("--repeats", default=50, show_default=True, help="Of each scenario whose cause is known")
 @click.option("--workers", default=os.cpu_count() or 1, show_default="a process per core")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)

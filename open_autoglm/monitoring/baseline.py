@@ -243,7 +243,7 @@ def beside_trial(baseline: Baseline, anchor: Anchor) -> Baseline:
 def _fit_beside_host(
     observations: Sequence[Observation], watched: Watched, alone: Expectation
 ) -> Paced | None:
-    """None if too few windows have their host's pace, or what it explains is no gain in the long run."""
+    """None if too few windows have their host's pace, or what it explains is no gain."""
     known = [found for found in observations if found.pace_ms is not None]
     if len(known) < max(LEAST_WINDOWS, _MOSTLY * len(observations)):
         return None
@@ -256,7 +256,7 @@ def _fit_beside_host(
         return None
     shares = np.array([host.log_share(pace_ms) for pace_ms in paces.tolist()])
     expectation = _fit(known, watched, shares)
-    gains = expectation.noise.long_run < alone.noise.long_run
+    gains = expectation.noise.between < alone.noise.between
     return Paced(host=host, expectation=expectation) if gains else None
 
 

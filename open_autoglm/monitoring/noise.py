@@ -31,7 +31,7 @@ _KEPT_BY_NEAR = 0.9205
 
 _FAR = 3.5
 _LAGS = 8
-_DOUBT = 0.05
+_DOUBT = 0.2
 
 
 class Noise(Model):
@@ -43,6 +43,9 @@ class Noise(Model):
         ge=0, lt=1, description="least correlation of the host's part with the window before"
     )
     long_run: float = Field(ge=0, description="standard deviation of a sum of n windows is this times √n")
+    independent: float = Field(
+        gt=0, description="windows without a memory that would say as much of its level"
+    )
     long_run_at_most: float = Field(ge=0, description="the same, as large as the lesson leaves it possible")
     excursion: float = Field(
         ge=0,
@@ -68,6 +71,7 @@ def noise_of(errors: Floats, answers: Floats, follows: NDArray[np.bool_]) -> Noi
         within=math.sqrt(request),
         memory=max(0.0, memory - math.sqrt((1 - memory**2) / count)),
         long_run=long_run,
+        independent=independent,
         long_run_at_most=long_run * _at_most(independent),
         excursion=max(_largest_sum(far), _largest_sum(-far)),
     )
@@ -97,18 +101,25 @@ def _largest_sum(errors: Floats) -> float:
 
 
 def _long_run(errors: Floats) -> tuple[float, float]:
-    """Its standard deviation, and how many independent windows it is known from.
+    """Its standard deviation, and how many independent windows it is known from: of an AR(1) process beneath
+    what each window adds of its own, such as a burst.
 
-    Newey and West 1987, of what an AR(1) process does not explain (Andrews and Monahan 1992).
+    That is in the variance, and in no covariance with another window. So the memory is the ratio by which the
+    covariances fall from lag to lag (the Yule-Walker equations of an ARMA(1, 1) process), and the process's
+    own variance is where they come from.
     """
-    count, lags = len(errors), math.isqrt(len(errors))
-    memory = _lasting_memory(errors)
+    count = len(errors)
+    lags = np.arange(1, min(_LAGS, count // 8) + 1)
+    variance = float(errors @ errors) / count
+    at = np.array([float(errors[lag:] @ errors[: count - lag]) / count for lag in lags])
+    memory, lasting = float(at[0]) / max(variance, 1e-12), variance
+    if memory > 2 / math.sqrt(count):  # more than chance
+        memory = min(max(memory, float(at[1:] @ at[:-1]) / float(at[:-1] @ at[:-1])), _LONGEST_MEMORY)
+        falls = memory**lags
+        lasting = min(float(at @ falls) / float(falls @ falls), variance)
     memory = min(max(0.0, memory + (1 + 3 * memory) / count), _LONGEST_MEMORY)  # the bias: Kendall 1954
-    rest = errors[1:] - memory * errors[:-1]
-    products = [float(np.dot(rest[lag:], rest[: len(rest) - lag])) for lag in range(lags + 1)]
-    weighted = [2 * (1 - lag / (lags + 1)) * products[lag] for lag in range(1, lags + 1)]
-    variance = max(products[0] / 4, products[0] + sum(weighted)) / len(rest)
-    return math.sqrt(variance) / (1 - memory), count * (1 - memory) / (1 + memory)
+    long_run = lasting * (1 + memory) / (1 - memory) + variance - lasting
+    return math.sqrt(long_run), count * (1 - memory) / (1 + memory)
 
 
 def _at_most(independent: float) -> float:
@@ -117,22 +128,6 @@ def _at_most(independent: float) -> float:
     from scipy.stats import chi2
 
     return math.sqrt(independent / float(chi2.ppf(_DOUBT, independent)))
-
-
-def _lasting_memory(errors: Floats) -> float:
-    """Of the process beneath what each window adds of its own, such as a burst.
-
-    That is in the variance, and in no covariance with another window. So the memory is the ratio by which the
-    covariances fall from lag to lag, as in the Yule-Walker equations of an ARMA(1, 1) process.
-    """
-    count = len(errors)
-    lags = min(_LAGS, count // 8)
-    at = np.array([float(np.dot(errors[lag:], errors[: count - lag])) for lag in range(lags + 1)])
-    with_the_next = float(at[1] / max(at[0], 1e-12))
-    if with_the_next < 2 / math.sqrt(count):  # by chance, and so are the others
-        return with_the_next
-    falls_by = float(np.dot(at[2:], at[1:-1]) / np.dot(at[1:-1], at[1:-1]))
-    return min(max(with_the_next, falls_by), _LONGEST_MEMORY)
 
 
 def robust_sd(errors: Floats) -> float:

@@ -15,8 +15,8 @@ Both together are the combined chart of Lucas (*J. Qual. Technol.* 14, 1982). Ti
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
+import numpy as np
 from pydantic import Field
 
 from open_autoglm.monitoring.baseline import Expectation
@@ -31,6 +31,8 @@ _LARGEST_STEP = 4 * SLACK
 
 _BEYOND_LESSON = 2.0
 _ALIKE = 4
+_CERTAIN = 37.0
+"""Standard deviations beyond which there are no numbers for a chance so small."""
 _UNSEEN = 1.2
 """How much farther a host drifts in months than a lesson shows; from one window to the next it does not."""
 
@@ -100,10 +102,9 @@ def follow(
     suspects = recent[-policy.confirm :]
     least = min(suspect.log_ratio for suspect in suspects)
     agreed = len(suspects) == policy.confirm and least >= policy.least
-    sigmas = _jump_sigmas(recent, expectation.noise, policy)
-    needed = _quantile(policy.jump_sigmas, expectation.windows)
+    sigmas = _jump_sigmas(recent, expectation, policy)
     finding = Finding(
-        jump=agreed and least >= math.log1p(policy.least_jump) and sigmas >= needed,
+        jump=agreed and least >= math.log1p(policy.least_jump) and sigmas >= policy.jump_sigmas,
         level=agreed and above >= policy.confirm,
         sigmas=sigmas,
         sum=total,
@@ -131,13 +132,24 @@ def _added(total: float, point: Point) -> float:
     return max(0.0, total + min(excess, _LARGEST_STEP))
 
 
-def _jump_sigmas(recent: tuple[Point, ...], noise: Noise, policy: ShiftPolicy) -> float:
+def _jump_sigmas(recent: tuple[Point, ...], by: Expectation, policy: ShiftPolicy) -> float:
     """Of the suspect that stands out least, from whichever reference it stands out most; the baseline itself
-    is one, too."""
+    is one, too.
+
+    As many standard deviations of a normal distribution as would be as seldom. How far a host strays from a
+    baseline is known from as many values as are independent; how far from the window before, from nearly all.
+    """
     suspects = recent[-policy.confirm :]
     references: tuple[Point | None, ...] = (None, *recent[: -policy.confirm])
     return max(
-        min(_standardised(suspect, reference, noise) for suspect in suspects) for reference in references
+        min(
+            _as_normal(
+                _standardised(suspect, reference, by.noise),
+                by.noise.independent if reference is None else by.windows / _ALIKE,
+            )
+            for suspect in suspects
+        )
+        for reference in references
     )
 
 
@@ -154,10 +166,9 @@ def _standardised(point: Point, reference: Point | None, noise: Noise) -> float:
     return (point.log_ratio - forecast) / math.sqrt(variance)
 
 
-@lru_cache(maxsize=64)
-def _quantile(sigmas: float, windows: int) -> float:
-    """As seldom by Student's t as ``sigmas`` is by the normal: the noise itself is known from a few windows,
-    and those that follow each other are alike."""
+def _as_normal(deviations: float, values: float) -> float:
+    """Where the normal distribution is as seldom as Student's t, if the standard deviation is known from so
+    many values."""
     from scipy.stats import norm, t
 
-    return float(t.isf(norm.sf(sigmas), df=max(2, windows // _ALIKE)))
+    return float(np.clip(norm.isf(t.sf(deviations, df=max(2.0, values))), -_CERTAIN, _CERTAIN))

@@ -95,7 +95,7 @@ bench: bench-trust bench-processes bench-parallel bench-race ## All benchmarks, 
 bench-trust: $(READY) ## How often the method errs, with simulated engines (2 minutes)
 	$(BIN)/python -m benchmarks.trust --repeats 1000 --json benchmarks/results/trust.json
 
-bench-watch: $(READY) ## Does the watch call a breach in time, and never without one? on simulated traffic (10 minutes)
+bench-watch: $(READY) ## Does the watch call a breach in time, and never without one? on simulated traffic; are causes named right? (10 minutes)
 	$(BIN)/python -m benchmarks.watch
 
 bench-processes: $(READY) $(DEMO)/config.json ## How much processes of one candidate differ here (3 minutes)

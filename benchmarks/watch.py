@@ -1,55 +1,61 @@
-"""Does the watch wake anybody for nothing, and does it wake them in time? ``python -m benchmarks.watch``.
+"""Does the watch wake anybody for nothing, in time, and with the right cause? ``python -m benchmarks.watch``.
 
 Where the truth is known: simulated traffic of 30 healthy days, and of engines that become 20 or 10 % slower
 at a moment chosen at random, on hosts that drift by so much for so long. The judge, its baselines and their
-learning are those of production. Rates come with their 95 % Clopper-Pearson intervals.
+learning are those of production. Then breaches of known causes, and which one is named. Rates come with their
+95 % Clopper-Pearson intervals.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
-from pydantic import Field
 
-from benchmarks.trust import share
+from benchmarks.watch_causes import SCENARIOS, run_row
+from benchmarks.watch_results import (
+    FAULTS,
+    FIRST_SEED,
+    TODAY,
+    TOLD,
+    USUAL,
+    Cell,
+    Fault,
+    Healthy,
+    Purpose,
+    Results,
+    report,
+)
 from benchmarks.watch_traffic import BEGIN, DAY, SLO, WINDOW_S, Host, World, windows
 from open_autoglm.files import write_atomic
 from open_autoglm.monitoring.baseline import Baseline
 from open_autoglm.monitoring.judge import JudgeState, Policy, judge
 from open_autoglm.monitoring.lesson import Lesson, attend, next_baseline
-from open_autoglm.schemas import Model
 from open_autoglm.schemas.watch import Judgement, LatencyWindow
 
 RESULTS = Path(__file__).parent / "results"
 HEALTHY_DAYS = 30
 LEARNED = 7 * DAY
-SOON, TODAY = 2, DAY
-"""Full windows within which 20 %, and 10 %, must have been found."""
-
-USUAL = Host(drift=0.03, lasts_h=2)
-"""The one that faults of all kinds are tried on."""
+_FAULTY = 1000
+"""From the first healthy seed to the first that a fault befalls."""
 
 HOSTS = (
     USUAL,
+    TOLD,
     Host(drift=0.05, lasts_h=8),
-    Host(drift=0.02, lasts_h=2),
-    Host(drift=0.05, lasts_h=2),
-    Host(drift=0.04, lasts_h=2),
+    Host(drift=0.05, lasts_h=8, told=0.6),
+    Host(drift=0.03, lasts_h=2, told=0.0),
 )
 
-FAULTS: Mapping[str, Mapping[str, float]] = {
-    "load": {"demand": 3.0},
-    "environment": {"host": 1.3},
-    "mix": {"prompts": 2.5},
-    "engine": {"engine": 1.3},
-}
-"""What becomes so many times as much: arrivals, the host's slowness, prompts' lengths, the engine's time."""
+SHIFTS = (("engine", {"engine": 1.2}), ("engine", {"engine": 1.1}))
 
 POLICY = Policy(
     slo=SLO,
@@ -86,50 +92,18 @@ class Watch:
                 yield judgement
 
 
-class Healthy(Model):
-    """30 days without a fault."""
-
-    seed: int
-    breaches: tuple[str, ...]
-
-
-class Fault(Model):
-    """Something that becomes different at one moment, and what came of it."""
-
-    seed: int
-    kind: str
-    size: float
-    after: int | None = Field(None, description="full windows until a breach began; None: not within a day")
-    said: str = Field("", description="the breach's first reason")
-
-
-class Cell(Model):
-    """All repeats on one kind of host."""
-
-    drift: float
-    lasts_h: float
-    healthy: tuple[Healthy, ...]
-    faults: tuple[Fault, ...]
-
-    def found(self, kind: str, size: float, within: int) -> tuple[int, int]:
-        """How many of how many."""
-        tried = [fault for fault in self.faults if (fault.kind, fault.size) == (kind, size)]
-        return sum(f.after is not None and f.after <= within for f in tried), len(tried)
-
-
 def run_healthy(host: Host, seed: int, days: int = HEALTHY_DAYS) -> Healthy:
     found = Watch().breaches(windows(World(host=host), days * DAY, seed))
     return Healthy(seed=seed, breaches=tuple(f"{j.at.isoformat()}: {j.reasons[0]}" for j in found))
 
 
-def run_faults(host: Host, seed: int, changes: Iterable[tuple[str, Mapping[str, float]]]) -> Iterator[Fault]:
+def run_faults(host: Host, seed: int, changes: Iterable[tuple[str, Mapping[str, float]]]) -> list[Fault]:
     """A week of learning, up to a day of health, then the fault, at any moment within a window."""
     watch = Watch()
     for window in windows(World(host=host), LEARNED, seed):
         watch.see(window)
     at = LEARNED + float(np.random.default_rng((seed, 3)).uniform(4, DAY))
-    for kind, change in changes:
-        yield _run_fault(watch.copy(), host, seed, at, kind, change)
+    return [_run_fault(watch.copy(), host, seed, at, kind, change) for kind, change in changes]
 
 
 def fault_windows(host: Host, seed: int, at: float, change: Mapping[str, float]) -> Iterator[LatencyWindow]:
@@ -156,93 +130,51 @@ def _number(judgement: Judgement) -> int:
     return round((judgement.window.begin - BEGIN).total_seconds() / WINDOW_S)
 
 
-SHIFTS = (("engine", {"engine": 1.2}), ("engine", {"engine": 1.1}))
-
-
-def run_cell(host: Host, healthy: int, faulty: int) -> Cell:
+def run_cell(
+    host: Host, healthy: int, faulty: int, days: int, first_seed: int, pool: ProcessPoolExecutor
+) -> Cell:
     """So many healthy months, and so many hosts that each fault befalls."""
-    changes = [*SHIFTS, *(FAULTS.items() if host == USUAL else ())]
+    changes = [*SHIFTS, *(FAULTS.items() if host in (USUAL, TOLD) else ())]
+    months = pool.map(partial(run_healthy, host, days=days), range(first_seed, first_seed + healthy))
+    fallen = range(first_seed + _FAULTY, first_seed + _FAULTY + faulty)
+    faults = pool.map(partial(run_faults, host, changes=changes), fallen)
     return Cell(
         drift=host.drift,
         lasts_h=host.lasts_h,
-        healthy=tuple(run_healthy(host, seed) for seed in range(healthy)),
-        faults=tuple(f for seed in range(faulty) for f in run_faults(host, 1000 + seed, changes)),
+        told=host.told,
+        healthy=tuple(months),
+        faults=tuple(fault for found in faults for fault in found),
     )
 
 
-# ── tables ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def shift_table(cells: Sequence[Cell]) -> str:
-    """Markdown: a row per kind of host."""
-    lines = [
-        "| host drifts by | for | healthy months without a breach | breaches in all of them | "
-        "+20 % found within 2 windows, % | +10 % found within a day, % |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
-    for cell in cells:
-        quiet = sum(not month.breaches for month in cell.healthy)
-        false = sum(len(month.breaches) for month in cell.healthy)
-        row = [f"±{cell.drift:.0%}", f"{cell.lasts_h:g} h", f"{quiet} of {len(cell.healthy)}", str(false)]
-        row += [share(*cell.found("engine", 1.2, SOON)), share(*cell.found("engine", 1.1, TODAY))]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
-
-
-def fault_table(cell: Cell) -> str:
-    """Markdown: a row per kind of fault, on the usual host."""
-    lines = [
-        "| fault | found within 2 windows, % | found within a day, % | median, windows |",
-        "|---|---:|---:|---:|",
-    ]
-    for kind, change in FAULTS.items():
-        (size,) = change.values()
-        after = [f.after for f in cell.faults if (f.kind, f.size) == (kind, size) and f.after is not None]
-        median = f"{np.median(after):g}" if after else "–"
-        rates = [share(*cell.found(kind, size, within)) for within in (SOON, TODAY)]
-        lines.append(f"| {kind} ×{size:g} | {rates[0]} | {rates[1]} | {median} |")
-    return "\n".join(lines)
-
-
-def report(cells: Sequence[Cell]) -> str:
-    usual = next(cell for cell in cells if (cell.drift, cell.lasts_h) == (USUAL.drift, USUAL.lasts_h))
-    return f"""# The watch on simulated traffic
-
-A window is 15 minutes. Traffic is Poisson with a day and a week in it (0.7 requests/s on average, 0.28 to
-1.12 over the day), prompts and answers have log-normal lengths, three slots serve them. A request's time in
-the engine has 10 % of noise of its own. The host's factor is an AR(1) process: its standard deviation and the
-time in which its correlation falls to 1/e are the first two columns. Beside it a neighbour takes 20 to 60 %
-for one window, twice a day. Shifts begin at any moment within a window, 7 to 8 days after a version's first
-window; windows are counted from the first that is slow as a whole. Rates have their 95 % Clopper-Pearson
-intervals.
-
-{shift_table(cells)}
-
-What a host adds for hours is no different from a slower engine by these figures: where it drifts by more than
-3 % for two hours, 10 % for certain and none falsely cannot both be had, and the judge leans to silence.
-
-## Faults of all kinds, on a host that drifts by ±{usual.drift:.0%} for {usual.lasts_h:g} h
-
-{fault_table(usual)}
-
-Three times the load, and prompts 2.5 times as long, are no shift of the engine: they are a breach once the
-promise is broken, which at night they may not do.
-"""
-
-
 @click.command()
+@click.option("--seeds", type=click.Choice(get_args(Purpose)), default="evaluation", show_default=True)
 @click.option("--healthy", default=20, show_default=True, help="Healthy months per kind of host")
-@click.option("--faulty", default=40, show_default=True, help="Hosts per kind that each fault befalls")
+@click.option("--days", default=HEALTHY_DAYS, show_default=True, help="Of a healthy month")
+@click.option("--faulty", default=30, show_default=True, help="Hosts per kind that each fault befalls")
+@click.option("--repeats", default=50, show_default=True, help="Of each scenario whose cause is known")
+@click.option("--workers", default=os.cpu_count() or 1, show_default="a process per core")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(healthy: int, faulty: int, output: Path) -> None:
+def main(
+    seeds: Purpose, healthy: int, days: int, faulty: int, repeats: int, workers: int, output: Path
+) -> None:
     """Print the tables as Markdown, and keep them with the raw results as ``watch.md`` and ``watch.json``."""
-    cells: list[Cell] = []
-    for host in HOSTS:
-        cells = sorted([*cells, run_cell(host, healthy, faulty)], key=lambda cell: (cell.lasts_h, cell.drift))
-        content = json.dumps([cell.model_dump() for cell in cells], indent=1)
-        write_atomic(output / "watch.json", content + "\n")
-        write_atomic(output / "watch.md", report(cells))  # a run that is stopped has published what it has
-    click.echo(report(cells))
+    first = FIRST_SEED[seeds]
+    with ProcessPoolExecutor(workers) as pool:
+        causes = tuple(pool.map(partial(run_row, repeats=repeats, seed=first), SCENARIOS))
+        results = Results(seeds=seeds, causes=causes)
+        for host in HOSTS:
+            cell = run_cell(host, healthy, faulty, days, first, pool)
+            results = results.model_copy(update={"cells": (*results.cells, cell)})
+            if host not in (USUAL, TOLD):  # a run that is stopped has published what it has
+                publish(results, output)
+    click.echo(report(results))
+
+
+def publish(results: Results, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / "watch.json", results.model_dump_json(indent=1) + "\n")
+    write_atomic(output / "watch.md", report(results))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ DAY = 96
 BEGIN = datetime(2026, 1, 5, tzinfo=UTC)  # a Monday
 _WARM_UP_S = 120.0
 _DEADLINE_S = 30.0
+_PACE_MS, _PACE_ERROR = 2.0, 0.005
+"""Of the fixed piece of work, and of its mean over a window."""
 _MILLISECONDS = 1000.0
 
 
@@ -47,6 +49,9 @@ class Host:
     """Time in which the drift's correlation falls to 1/e."""
     bursts_per_day: float = 2.0
     """Single windows in which a neighbour takes a share of the host; 20 to 60 % slower."""
+    told: float | None = None
+    """Correlation of the host's factor with what the endpoint's fixed piece of work shows of it; None: the
+    endpoint times none."""
 
     @property
     def memory(self) -> float:
@@ -107,20 +112,39 @@ class World:
 def windows(world: World, count: int, seed: int, *, first: int = 0) -> Iterator[LatencyWindow]:
     """``count`` windows from ``BEGIN`` on, or after the ``first``; the same seed has the same host."""
     random = np.random.default_rng((seed, first))
-    host = _host_factor(world.host, first + count, seed)[first:]
+    host = _host_factor(world.host, first + count, seed)
+    paces = _paces_ms(world, host, seed)
+    host = host[first:]
     index = np.arange(first, first + count)
     rates = _rates(world.demand, index, np.random.default_rng((seed, 1, first)))
     requests = _simulate(world, index, rates, host, random)
-    return _as_windows(requests, index)
+    return _as_windows(requests, index, None if paces is None else paces[first:])
+
+
+def _paces_ms(world: World, factor: Floats, seed: int) -> Floats | None:
+    """What the endpoint times: as much of the host's factor as it tells, and as much of its own."""
+    host, change = world.host, world.change
+    if host.told is None:
+        return None
+    random = np.random.default_rng((seed, 4))
+    own = _drift(host, len(factor), random) * math.sqrt(1 - host.told**2)
+    error = random.normal(0, _PACE_ERROR, len(factor))
+    changed = np.clip(np.arange(1, len(factor) + 1) - change.at, 0, 1)  # share of the window
+    steps = 1 + changed * (change.host - 1)
+    return np.asarray(_PACE_MS * np.exp(host.told * np.log(factor) + own + error) * steps)
+
+
+def _drift(host: Host, count: int, random: np.random.Generator) -> Floats:
+    from scipy.signal import lfilter
+
+    shocks = random.normal(0, host.drift * math.sqrt(1 - host.memory**2), count)
+    shocks[0] = random.normal(0, host.drift)
+    return np.asarray(lfilter([1.0], [1.0, -host.memory], shocks))
 
 
 def _host_factor(host: Host, count: int, seed: int) -> Floats:
-    from scipy.signal import lfilter
-
     random = np.random.default_rng((seed, 2))
-    shocks = random.normal(0, host.drift * math.sqrt(1 - host.memory**2), count)
-    shocks[0] = random.normal(0, host.drift)
-    drift = lfilter([1.0], [1.0, -host.memory], shocks)
+    drift = _drift(host, count, random)
     burst = random.random(count) < host.bursts_per_day / DAY
     burst &= ~np.roll(burst, 1)  # a neighbour that stays is no burst
     return np.asarray(np.exp(drift) * np.where(burst, random.uniform(1.2, 1.6, count), 1.0))
@@ -214,7 +238,9 @@ def bounds() -> Mapping[str, tuple[float, ...]]:
     return {name: tuple(values) for name, values in found.items()}
 
 
-def _as_windows(requests: _Requests, index: NDArray[np.int64]) -> Iterator[LatencyWindow]:
+def _as_windows(
+    requests: _Requests, index: NDArray[np.int64], paces_ms: Floats | None
+) -> Iterator[LatencyWindow]:
     times = _times(requests)
     prompts = _histograms(requests.prompt, requests.counted, bounds()["vllm:request_prompt_tokens"])
     outputs = _histograms(requests.output, requests.counted, bounds()["vllm:request_generation_tokens"])
@@ -236,6 +262,7 @@ def _as_windows(requests: _Requests, index: NDArray[np.int64]) -> Iterator[Laten
             output_tokens=outputs[row],
             cached_tokens=0,
             memory_bytes=0,
+            pace_ms=None if paces_ms is None else float(paces_ms[row]),
         )
 
 

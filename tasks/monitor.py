@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime
+from functools import partial
 from typing import cast
 
 from prefect import task
@@ -12,10 +13,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
 from open_autoglm.errors import UserError
+from open_autoglm.monitoring.anchor import trial_anchor
 from open_autoglm.monitoring.answer import is_final, once_key, reoptimization
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
 from open_autoglm.monitoring.picture import watch_figure
+from open_autoglm.monitoring.registered import share_baseline
 from open_autoglm.monitoring.sources import fetch
 from open_autoglm.monitoring.watch import look
 from open_autoglm.monitoring.watch_store import WatchStore
@@ -35,7 +38,8 @@ def store_of(watch: WatchSpec) -> WatchStore:
 def judge_now(watch: WatchSpec) -> Judgement:
     """One look. Whatever is down or odd is a judgement of no data, with its reason."""
     home, now = Settings().home, datetime.now(UTC)
-    judgement = look(watch, lambda: fetch(watch, home, now), store_of(watch), now)
+    store = store_of(watch)
+    judgement = look(watch, lambda: fetch(watch, home, now), store, now, partial(trial_anchor, home))
     announce(f"{watch.service}: {judgement.state}: {'; '.join(judgement.reasons)}")
     return judgement
 
@@ -96,10 +100,14 @@ def settle(watch: WatchSpec, judgement: Judgement, problem: str | None) -> Judge
 
 
 def record(judgement: Judgement, watch: WatchSpec) -> None:
-    """Show the judgement in Prefect and MLflow; an MLflow that is away is no reason not to judge."""
+    """Show the judgement in Prefect and MLflow, and keep its version's baseline there; an MLflow that is away
+    is no reason not to judge."""
     _publish(judgement, watch)
     try:
-        connect(Settings()).log_judgement(judgement)
+        registry = connect(Settings())
+        registry.log_judgement(judgement)
+        if (done := share_baseline(watch, judgement, store_of(watch), registry)) is not None:
+            announce(done)
     except UserError as error:
         announce(f"the judgement is not in MLflow: {error}")
 

@@ -55,7 +55,7 @@ WHO_MAY_IMPORT = {
     "scipy": {
         "open_autoglm/measure/comparison.py",
         "open_autoglm/measure/statistics.py",
-        "open_autoglm/monitoring/baseline.py",
+        "open_autoglm/monitoring/noise.py",
         "open_autoglm/monitoring/promises.py",
         "open_autoglm/monitoring/shift.py",
         "open_autoglm/quality/metrics.py",

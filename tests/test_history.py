@@ -87,6 +87,23 @@ def answer(metrics: Metrics, count: int = 1) -> None:
         metrics.request(prompt_tokens=7).finished("stop")
 
 
+@pytest.mark.parametrize(("times", "mean_ms"), [(9, None), (10, 2.0)])
+def test_the_pace_of_a_host_is_known_from_ten_timings(times: int, mean_ms: float | None) -> None:
+    """In the window, and of the version that is judged."""
+    one = Watched()
+    metrics, other = (one.board.of(version, DIGEST, "champion") for version in ("3", "2"))
+    show(metrics)
+    metrics.host_pace(9.0)
+    one.at(0)
+    for number in range(times):
+        metrics.host_pace(0.001 if number % 2 else 0.003)
+        other.host_pace(7.0)
+    show(metrics)
+    one.at(60)
+    found = counted(one)
+    assert found.pace_ms == (None if mean_ms is None else pytest.approx(mean_ms))
+
+
 def test_everything_that_a_window_has_is_counted() -> None:
     """And nothing of before it."""
     one = Watched()

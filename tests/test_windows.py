@@ -88,7 +88,7 @@ def test_what_was_sent_is_what_a_window_has(
         send(server, 3)
         wait_for(lambda: counted(scraped, begin).requests == 3)
         by_prometheus, by_itself = counted(scraped, begin), counted(local, begin)
-        same = {"begin", "end", "source", "memory_bytes"}
+        same = {"begin", "end", "source", "memory_bytes", "pace_ms"}
         assert by_prometheus.model_dump(exclude=same) == by_itself.model_dump(exclude=same)
         assert by_itself.output_tokens.sum == 3 * TOKENS
         assert {stage: times.count for stage, times in by_itself.times_ms.items()} == {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from functools import partial
 
 import click
 
+from open_autoglm.monitoring.anchor import trial_anchor
 from open_autoglm.monitoring.config import WatchSpec, read_watch_spec, watch_file
 from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
 from open_autoglm.monitoring.sources import fetch
@@ -35,7 +37,7 @@ def run_watch(config: str, *, once: bool, as_json: bool) -> int:
 def _look(watch: WatchSpec) -> Judgement:
     home, now = Settings().home, datetime.now(UTC)
     store = WatchStore(home, watch.service)
-    judgement = look(watch, lambda: fetch(watch, home, now), store, now)
+    judgement = look(watch, lambda: fetch(watch, home, now), store, now, partial(trial_anchor, home))
     if judgement.act:
         return judgement.model_copy(update={"cause": diagnose(watch, judgement, store, home)})
     remember_good_times(watch, judgement, store, home)

@@ -5,10 +5,10 @@ engine is a linear function of the mean lengths and of the load, which for a mea
 time is linear in its length, whatever the mix within the window. The load is what was *asked for* (tokens per
 second), and not the requests in their slots: those grow with the very slowness that is looked for.
 
-What remains is noise, as log ratios: a part of the host that lasts from window to window (an AR(1) process),
-and a part of the requests that came by chance, smaller the more they were. The fit is by iteratively
-reweighted least squares of the relative errors with Huber's weights (Huber 1964), so that a few windows
-beside a noisy neighbour do not move it.
+What remains is noise, as log ratios (:mod:`open_autoglm.monitoring.noise`). Where the endpoint times its
+host's pace, and the engine's time follows that, a second fit leaves the host's part out
+(:mod:`open_autoglm.monitoring.host_pace`). The fit is by iteratively reweighted least squares of the relative
+errors with Huber's weights (Huber 1964), so that a few windows beside a noisy neighbour do not move it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from pydantic import AwareDatetime, Field
 
+from open_autoglm.monitoring.host_pace import HostEffect, host_effect
+from open_autoglm.monitoring.noise import LEAST_WINDOWS, Noise, noise_of, robust_sd
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import LatencyWindow
 
@@ -32,22 +34,14 @@ Watched = Literal["ttft", "tpot"]
 
 WATCHED: tuple[Watched, ...] = ("ttft", "tpot")
 
-LEAST_WINDOWS = 24
-SLACK = math.log(1.1) / 2
-"""Of the cumulative sums: half of a change by 10 %, the least that is worth another study."""
-
 MARGIN = 0.15
 """How far outside of what a baseline has seen it is still believed, as a share."""
 
-_LEAST_NOISE = 0.005
-_LONGEST_MEMORY = 0.985
+_MOSTLY = 0.8
+"""Share of a lesson's windows that must have their host's pace."""
+
 _RIDGE = 1e-5
 _HUBER = 2.0
-_NEAR = 2.0
-_KEPT_BY_NEAR = 0.9205
-"""The variance of a standard normal value that is cut off at ±2: single bursts are no part of a forecast."""
-
-_FAR = 3.5
 
 
 class Observation(Model):
@@ -62,6 +56,7 @@ class Observation(Model):
     output_per_s: float = Field(description="tokens asked for, the measure of the load")
     engine_ms: Mapping[Watched, float] = Field(description="means; without those that cannot be told")
     answers: Mapping[Watched, int] = Field(description="that the means are of")
+    pace_ms: float | None = Field(None, gt=0, description="of the host; None where nobody timed it")
 
     def features(self, watched: Watched) -> tuple[float, ...]:
         """What its time may depend on; the first is constant."""
@@ -89,6 +84,7 @@ def observe(window: LatencyWindow) -> Observation | None:
         output_per_s=window.requests / window.seconds * output,
         engine_ms=times,
         answers={name: window.times_ms[name].count for name in times},
+        pace_ms=window.pace_ms,
     )
 
 
@@ -102,21 +98,6 @@ def _engine_ms(window: LatencyWindow) -> dict[Watched, float]:
     if tpot is not None:
         found["tpot"] = tpot
     return found
-
-
-class Noise(Model):
-    """Of the log ratio of a window's mean to what was expected, while all is well."""
-
-    between: float = Field(ge=0, description="standard deviation of what the host adds for a while")
-    within: float = Field(ge=0, description="of a single request; of a mean, by the root of their number")
-    memory: float = Field(
-        ge=0, lt=1, description="least correlation of the host's part with the window before"
-    )
-    long_run: float = Field(ge=0, description="standard deviation of a sum of n windows is this times √n")
-    excursion: float = Field(
-        ge=0,
-        description="highest cumulative sum of what was above the slack, or below it, while it was learned",
-    )
 
 
 class Expectation(Model):
@@ -146,6 +127,24 @@ class Expectation(Model):
         return float(np.sqrt(max(0.0, x @ np.asarray(self.spread) @ x))) * self.noise.long_run
 
 
+class Paced(Model):
+    """One stage beside its host."""
+
+    host: HostEffect
+    expectation: Expectation = Field(description="of the host at its usual pace")
+
+
+class Expected(NamedTuple):
+    """Of one stage, in one window."""
+
+    ms: float
+    uncertainty: float
+    """Standard error of its logarithm."""
+    by: Expectation
+    host_share: float | None
+    """What the host's pace makes of it, as a logarithm; None where that is not known."""
+
+
 class Anchor(Model):
     """What the study measured of the champion, one request at a time, before it was promoted."""
 
@@ -164,10 +163,35 @@ class Baseline(Model):
     begin: AwareDatetime
     end: AwareDatetime
     stages: Mapping[Watched, Expectation]
+    paced: Mapping[Watched, Paced] = Field(
+        default={}, description="the stages again, as far as they follow the host's pace"
+    )
     slower_than_trial: Mapping[Watched, float] = Field(
         default={},
         description="an idle endpoint's time for the study's request, as a multiple of the study's",
     )
+
+    @property
+    def windows(self) -> int:
+        """That it was learned from."""
+        return max(stage.windows for stage in self.stages.values())
+
+    def is_of(self, window: LatencyWindow) -> bool:
+        """Whether it is of that version and bundle."""
+        return (self.version, self.bundle_digest) == (window.version, window.bundle_digest)
+
+    def expect(self, watched: Watched, seen: Observation) -> Expected | None:
+        """None if it has not seen such lengths or such a load."""
+        features, paced = seen.features(watched), self.paced.get(watched)
+        if paced is None or seen.pace_ms is None:
+            by, share, error = self.stages[watched], None, 0.0
+        else:
+            by, share = paced.expectation, paced.host.log_share(seen.pace_ms)
+            error = paced.host.uncertainty(seen.pace_ms)
+        if not by.covers(features):
+            return None
+        ms = by.expected_ms(features) * math.exp(share or 0.0)
+        return Expected(ms, math.hypot(by.uncertainty(features), error), by, share)
 
 
 def learn(
@@ -175,14 +199,16 @@ def learn(
     version: str,
     bundle_digest: str,
     observations: Sequence[Observation],
-    anchor: Anchor | None = None,
 ) -> Baseline | None:
     """From a version's healthy windows, in their order; None while they are fewer than `LEAST_WINDOWS`."""
     stages: dict[Watched, Expectation] = {}
+    paced: dict[Watched, Paced] = {}
     for watched in WATCHED:
         known = [found for found in observations if watched in found.engine_ms]
         if len(known) >= LEAST_WINDOWS:
             stages[watched] = _fit(known, watched)
+            beside = _fit_beside_host(known, watched, stages[watched])
+            paced |= {watched: beside} if beside else {}
     if not stages:
         return None
     return Baseline(
@@ -192,27 +218,55 @@ def learn(
         begin=observations[0].end,
         end=observations[-1].end,
         stages=stages,
-        slower_than_trial=_beside(anchor, stages) if anchor else {},
+        paced=paced,
     )
 
 
-def _beside(anchor: Anchor, stages: Mapping[Watched, Expectation]) -> dict[Watched, float]:
-    """A baseline that was learned in bad times expects more than the study measured."""
+def beside_trial(baseline: Baseline, anchor: Anchor) -> Baseline:
+    """The same, with how it compares: one that was learned in bad times expects more than the study measured.
+
+    Nothing is said of lengths that the endpoint's traffic does not have; an idle endpoint is always known.
+    """
     context = anchor.prompt_tokens + anchor.output_tokens / 2
     lengths: dict[Watched, float] = {"ttft": anchor.prompt_tokens, "tpot": context}
-    return {
-        name: stages[name].expected_ms((1.0, lengths[name], 0.0)) / median_ms
-        for name, median_ms in anchor.median_ms.items()
-        if name in stages
-    }
+    found = {}
+    for name, median_ms in anchor.median_ms.items():
+        stage = baseline.stages.get(name)
+        if stage is not None and stage.covers((1.0, lengths[name], stage.lowest[-1])):
+            found[name] = stage.expected_ms((1.0, lengths[name], 0.0)) / median_ms
+    return baseline.model_copy(update={"slower_than_trial": found})
 
 
 # ── the fit ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fit(observations: Sequence[Observation], watched: Watched) -> Expectation:
+def _fit_beside_host(
+    observations: Sequence[Observation], watched: Watched, alone: Expectation
+) -> Paced | None:
+    """None if too few windows have their host's pace, or what it explains is no gain."""
+    known = [found for found in observations if found.pace_ms is not None]
+    if len(known) < max(LEAST_WINDOWS, _MOSTLY * len(observations)):
+        return None
+    expected = np.array([alone.expected_ms(found.features(watched)) for found in known])
+    times = np.array([found.engine_ms[watched] for found in known])
+    paces = np.array([found.pace_ms for found in known], dtype=float)
+    ends = np.array([found.end.timestamp() / found.seconds for found in known])
+    host = host_effect(np.log(times / np.maximum(expected, 1e-9 * times)), paces, ends)
+    if host is None:
+        return None
+    shares = np.array([host.log_share(pace_ms) for pace_ms in paces.tolist()])
+    expectation = _fit(known, watched, shares)
+    gains = expectation.noise.between < alone.noise.between
+    return Paced(host=host, expectation=expectation) if gains else None
+
+
+def _fit(
+    observations: Sequence[Observation], watched: Watched, host_shares: NDArray[np.float64] | None = None
+) -> Expectation:
+    """Of times without the host's share, if that is given."""
     features = np.array([found.features(watched) for found in observations])
     times = np.array([found.engine_ms[watched] for found in observations])
+    times = times if host_shares is None else times * np.exp(-host_shares)
     answers = np.array([found.answers[watched] for found in observations], dtype=float)
     scale = np.maximum(np.abs(features).mean(axis=0), 1e-12)
     scaled, spread = _regress(features / scale, times)
@@ -225,7 +279,7 @@ def _fit(observations: Sequence[Observation], watched: Watched) -> Expectation:
         lowest=tuple(features.min(axis=0).tolist()),
         highest=tuple(features.max(axis=0).tolist()),
         spread=tuple(map(tuple, (spread / np.outer(scale, scale)).tolist())),
-        noise=_noise(errors - middle, answers, _follows(observations)),
+        noise=noise_of(errors - middle, answers, _follows(observations)),
         windows=len(observations),
     )
 
@@ -247,14 +301,9 @@ def _regress(
         coefficients = inverse @ (rows.T @ (weights * times / expected))
         expected = np.maximum(features @ coefficients, 0.1 * times)
         errors = times / expected - 1
-        far = np.abs(errors) / (_HUBER * _robust_sd(errors))
+        far = np.abs(errors) / (_HUBER * robust_sd(errors))
         weights = 1 / np.maximum(1.0, far)
     return coefficients, inverse
-
-
-def _robust_sd(errors: NDArray[np.float64]) -> float:
-    """By the median absolute deviation, for a normal distribution."""
-    return max(1.4826 * float(np.median(np.abs(errors - np.median(errors)))), 1e-9)
 
 
 def _follows(observations: Sequence[Observation]) -> NDArray[np.bool_]:
@@ -264,64 +313,3 @@ def _follows(observations: Sequence[Observation]) -> NDArray[np.bool_]:
         for before, after in pairwise(observations)
     ]
     return np.array([abs(gap) < 0.5 for gap in gaps], dtype=bool)
-
-
-def _noise(errors: NDArray[np.float64], answers: NDArray[np.float64], follows: NDArray[np.bool_]) -> Noise:
-    """The requests' part from the differences of windows that follow each other, in which a host that drifts
-    over a day is not seen; the host's is the rest. Memory is taken as a standard error less than it seems: a
-    host that forgets is harder to forecast."""
-    count, sd = len(errors), _robust_sd(errors)
-    near = np.clip(errors, -_NEAR * sd, _NEAR * sd)
-    request = _requests_variance(errors, answers, follows)
-    host = float(np.mean(near**2)) / _KEPT_BY_NEAR - request * float(np.mean(1 / answers))
-    host = max(host, _LEAST_NOISE**2)
-    pairs = (near[:-1] * near[1:])[follows] / _KEPT_BY_NEAR
-    memory = float(np.clip(pairs.mean() / host, 0, _LONGEST_MEMORY)) if len(pairs) else 0.0
-    far = np.clip(errors, -_FAR * sd, _FAR * sd)
-    return Noise(
-        between=math.sqrt(host),
-        within=math.sqrt(request),
-        memory=max(0.0, memory - math.sqrt((1 - memory**2) / count)),
-        long_run=math.sqrt(_long_run_variance(far)),
-        excursion=max(_largest_sum(far), _largest_sum(-far)),
-    )
-
-
-def _requests_variance(
-    errors: NDArray[np.float64], answers: NDArray[np.float64], follows: NDArray[np.bool_]
-) -> float:
-    """Of a single request: how much more windows of few requests differ from the ones before them."""
-    from scipy.optimize import nnls
-
-    if follows.sum() < LEAST_WINDOWS // 2:
-        return 0.0
-    steps = np.diff(errors)[follows]
-    sd = _robust_sd(steps)
-    few = (1 / answers[1:] + 1 / answers[:-1])[follows]
-    squares = np.clip(steps, -_NEAR * sd, _NEAR * sd) ** 2 / _KEPT_BY_NEAR
-    (_, request), _ = nnls(np.column_stack([np.ones(len(few)), few]), squares)
-    return float(request)
-
-
-def _largest_sum(errors: NDArray[np.float64]) -> float:
-    """How high a cumulative sum of what is above `SLACK` gets."""
-    total = largest = 0.0
-    for excess in (errors - SLACK).tolist():
-        total = max(0.0, total + excess)
-        largest = max(largest, total)
-    return largest
-
-
-def _long_run_variance(errors: NDArray[np.float64]) -> float:
-    """Newey and West 1987, of what an AR(1) process does not explain (Andrews and Monahan 1992). Both the
-    process's memory and the rest are taken as a standard error more than they seem: a short lesson must not
-    make the judge sure."""
-    count, lags = len(errors), math.isqrt(len(errors))
-    memory = float(np.dot(errors[1:], errors[:-1]) / max(np.dot(errors, errors), 1e-12))
-    rest = errors[1:] - memory * errors[:-1]
-    products = [float(np.dot(rest[lag:], rest[: len(rest) - lag])) for lag in range(lags + 1)]
-    weighted = [2 * (1 - lag / (lags + 1)) * products[lag] for lag in range(1, lags + 1)]
-    variance = max(products[0] / 4, products[0] + sum(weighted)) / len(rest)
-    bias, error = (1 + 3 * memory) / count, math.sqrt((1 - memory**2) / count)  # the bias: Kendall 1954
-    memory = min(max(0.0, memory + bias + error), _LONGEST_MEMORY)
-    return variance / (1 - memory) ** 2 * (1 + math.sqrt(4 * lags / (3 * count)))

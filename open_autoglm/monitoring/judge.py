@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import AwareDatetime, Field
 
-from open_autoglm.monitoring.baseline import WATCHED, Baseline, Observation, Watched, observe
+from open_autoglm.monitoring.baseline import WATCHED, Baseline, Expected, Observation, Watched, observe
 from open_autoglm.monitoring.promises import Kept, check_promises
 from open_autoglm.monitoring.shift import Finding, Point, ShiftPolicy, Track, follow
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
@@ -30,6 +30,9 @@ _STALE_WINDOWS = 2
 _PARTIAL, _OVERLAP = 0.25, 0.1
 """Shares of a window that may be missing, since counters are read now and then, or were judged before, since
 a schedule is not on the second."""
+
+
+_HOST_WORTH_TELLING = 0.01
 
 
 class Policy(Model):
@@ -98,15 +101,8 @@ def judge(
     state = state.model_copy(update={"judged_until": window.end})
     if (reason := _silent(window, policy)) is not None:
         return _no_data(window, reason, now), state
-    look = _look(window, state, baseline if _is_of(baseline, window) else None, policy)
+    look = _look(window, state, baseline if baseline and baseline.is_of(window) else None, policy)
     return _decide(window, look, state, policy, now)
-
-
-def _is_of(baseline: Baseline | None, window: LatencyWindow) -> bool:
-    return baseline is not None and (baseline.version, baseline.bundle_digest) == (
-        window.version,
-        window.bundle_digest,
-    )
 
 
 # ── before anything is judged ────────────────────────────────────────────────────────────────────
@@ -226,16 +222,14 @@ def _look_at_shifts(
     tracks, notes, alarms, calm = dict(state.tracks), [], {}, set()
     figures: dict[str, float] = {}
     for watched in (name for name in WATCHED if name in baseline.stages and name in seen.engine_ms):
-        name, features = f"shift {watched}", seen.features(watched)
-        expectation = baseline.stages[watched]
-        if not expectation.covers(features):
+        name, expected = f"shift {watched}", baseline.expect(watched, seen)
+        if expected is None:
             notes.append(f"{watched}: its baseline has not seen such lengths or such a load")
             continue
-        expected_ms = expectation.expected_ms(features)
-        point = _point(seen, watched, expected_ms, expectation.uncertainty(features), policy)
-        tracks[watched], found = follow(tracks.get(watched, Track()), point, expectation, policy.shift)
-        figures |= _shift_figures(watched, seen.engine_ms[watched], expected_ms, found)
-        told = f"{watched}: {seen.engine_ms[watched]:.4g} ms in the engine, {expected_ms:.4g} ms expected"
+        point = _point(seen, watched, expected, policy)
+        tracks[watched], found = follow(tracks.get(watched, Track()), point, expected.by, policy.shift)
+        figures |= _shift_figures(watched, seen.engine_ms[watched], expected, found)
+        told = f"{watched}: {seen.engine_ms[watched]:.4g} ms in the engine, {_expected_words(expected)}"
         if found.jump or found.level:
             alarms[name] = f"{told}; {_shift_words(found, policy.shift)}"
         else:
@@ -245,23 +239,31 @@ def _look_at_shifts(
     return _Look(tracks, {}, alarms, frozenset(calm), tuple(notes), figures)
 
 
-def _point(
-    seen: Observation, watched: Watched, expected_ms: float, uncertainty: float, policy: Policy
-) -> Point:
+def _point(seen: Observation, watched: Watched, expected: Expected, policy: Policy) -> Point:
     return Point(
         at=seen.end.timestamp() / policy.window_s,
-        log_ratio=math.log(seen.engine_ms[watched] / expected_ms),
-        uncertainty=uncertainty,
+        log_ratio=math.log(seen.engine_ms[watched] / expected.ms),
+        uncertainty=expected.uncertainty,
         answers=seen.answers[watched],
+        beside_host=expected.host_share is not None,
     )
 
 
-def _shift_figures(watched: Watched, ms: float, expected_ms: float, found: Finding) -> dict[str, float]:
+def _expected_words(expected: Expected) -> str:
+    told = f"{expected.ms:.4g} ms expected"
+    if expected.host_share is None or abs(expected.host_share) < _HOST_WORTH_TELLING:
+        return told
+    return f"{told} of a host whose pace makes it {math.expm1(expected.host_share):+.0%}"
+
+
+def _shift_figures(watched: Watched, ms: float, expected: Expected, found: Finding) -> dict[str, float]:
+    host = {} if expected.host_share is None else {f"{watched}_host_share": math.expm1(expected.host_share)}
     return {
         f"{watched}_engine_ms": ms,
-        f"{watched}_expected_ms": expected_ms,
+        f"{watched}_expected_ms": expected.ms,
         f"{watched}_jump_sigmas": found.sigmas,
         f"{watched}_level_of_limit": found.sum / found.limit,
+        **host,
     }
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from open_autoglm.monitoring.baseline import LEAST_WINDOWS, Anchor, Baseline, Observation, learn, observe
+from open_autoglm.monitoring.baseline import Baseline, Observation, learn, observe
+from open_autoglm.monitoring.noise import LEAST_WINDOWS
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import Judgement
 
@@ -46,14 +47,12 @@ def attend(lesson: Lesson, judgement: Judgement, baseline: Baseline | None, day:
     return lesson.model_copy(update={"observations": (*lesson.observations, seen)})
 
 
-def next_baseline(
-    before: Lesson, after: Lesson, service: str, day: int, anchor: Anchor | None = None
-) -> Baseline | None:
+def next_baseline(before: Lesson, after: Lesson, service: str, day: int) -> Baseline | None:
     """A new baseline, if with the last window a lesson has become complete."""
     count = len(after.observations)
     if after == before or not _complete(count, day):
         return None
-    return learn(service, after.version, after.bundle_digest, after.observations, anchor)
+    return learn(service, after.version, after.bundle_digest, after.observations)
 
 
 def _complete(count: int, day: int) -> bool:

@@ -15,11 +15,12 @@ Both together are the combined chart of Lucas (*J. Qual. Technol.* 14, 1982). Ti
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
+import numpy as np
 from pydantic import Field
 
-from open_autoglm.monitoring.baseline import SLACK, Expectation, Noise
+from open_autoglm.monitoring.baseline import Expectation
+from open_autoglm.monitoring.noise import SLACK, Noise
 from open_autoglm.schemas.base import Model
 
 _REFERENCES = 2
@@ -30,6 +31,8 @@ _LARGEST_STEP = 4 * SLACK
 
 _BEYOND_LESSON = 2.0
 _ALIKE = 4
+_CERTAIN = 37.0
+"""Standard deviations beyond which there are no numbers for a chance so small."""
 _UNSEEN = 1.2
 """How much farther a host drifts in months than a lesson shows; from one window to the next it does not."""
 
@@ -58,6 +61,7 @@ class Point(Model):
     log_ratio: float
     uncertainty: float = Field(description="standard error of the baseline for such a window")
     answers: int
+    beside_host: bool = Field(False, description="its host's share was left out")
 
 
 class Track(Model):
@@ -84,7 +88,12 @@ class Finding(Model):
 def follow(
     track: Track, point: Point, expectation: Expectation, policy: ShiftPolicy
 ) -> tuple[Track, Finding]:
-    """The track with ``point`` added, which must be later than its last, and what that shows."""
+    """The track with ``point`` added, which must be later than its last, and what that shows.
+
+    Ratios with and without the host's share are not compared with each other: the track begins anew.
+    """
+    if track.recent and track.recent[-1].beside_host != point.beside_host:
+        track = Track()
     recent = (*track.recent, point)[-(policy.confirm + _REFERENCES) :]
     limit = level_limit(expectation.noise, policy)
     sure = expectation.windows >= policy.level_lesson
@@ -93,10 +102,9 @@ def follow(
     suspects = recent[-policy.confirm :]
     least = min(suspect.log_ratio for suspect in suspects)
     agreed = len(suspects) == policy.confirm and least >= policy.least
-    sigmas = _jump_sigmas(recent, expectation.noise, policy)
-    needed = _quantile(policy.jump_sigmas, expectation.windows)
+    sigmas = _jump_sigmas(recent, expectation, policy)
     finding = Finding(
-        jump=agreed and least >= math.log1p(policy.least_jump) and sigmas >= needed,
+        jump=agreed and least >= math.log1p(policy.least_jump) and sigmas >= policy.jump_sigmas,
         level=agreed and above >= policy.confirm,
         sigmas=sigmas,
         sum=total,
@@ -113,7 +121,7 @@ def level_limit(noise: Noise, policy: ShiftPolicy) -> float:
     2k²/ω² exp(−2kb/ω²). A host that drifts for longer than the lesson shows is not such a process, so the
     limit is also well above what the lesson itself has reached.
     """
-    variance = max(noise.long_run, 1e-6) ** 2
+    variance = max(noise.long_run_at_most, 1e-6) ** 2
     seldom = math.log(max(math.e, 2 * SLACK**2 / variance * policy.quiet_windows))
     return max(variance / (2 * SLACK) * seldom, _BEYOND_LESSON * noise.excursion)
 
@@ -124,13 +132,24 @@ def _added(total: float, point: Point) -> float:
     return max(0.0, total + min(excess, _LARGEST_STEP))
 
 
-def _jump_sigmas(recent: tuple[Point, ...], noise: Noise, policy: ShiftPolicy) -> float:
+def _jump_sigmas(recent: tuple[Point, ...], by: Expectation, policy: ShiftPolicy) -> float:
     """Of the suspect that stands out least, from whichever reference it stands out most; the baseline itself
-    is one, too."""
+    is one, too.
+
+    As many standard deviations of a normal distribution as would be as seldom. How far a host strays from a
+    baseline is known from as many values as are independent; how far from the window before, from nearly all.
+    """
     suspects = recent[-policy.confirm :]
     references: tuple[Point | None, ...] = (None, *recent[: -policy.confirm])
     return max(
-        min(_standardised(suspect, reference, noise) for suspect in suspects) for reference in references
+        min(
+            _as_normal(
+                _standardised(suspect, reference, by.noise),
+                by.noise.independent if reference is None else by.windows / _ALIKE,
+            )
+            for suspect in suspects
+        )
+        for reference in references
     )
 
 
@@ -147,10 +166,9 @@ def _standardised(point: Point, reference: Point | None, noise: Noise) -> float:
     return (point.log_ratio - forecast) / math.sqrt(variance)
 
 
-@lru_cache(maxsize=64)
-def _quantile(sigmas: float, windows: int) -> float:
-    """As seldom by Student's t as ``sigmas`` is by the normal: the noise itself is known from a few windows,
-    and those that follow each other are alike."""
+def _as_normal(deviations: float, values: float) -> float:
+    """Where the normal distribution is as seldom as Student's t, if the standard deviation is known from so
+    many values."""
     from scipy.stats import norm, t
 
-    return float(t.isf(norm.sf(sigmas), df=max(2, windows // _ALIKE)))
+    return float(np.clip(norm.isf(t.sf(deviations, df=max(2.0, values))), -_CERTAIN, _CERTAIN))

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import Protocol
 
-from open_autoglm.monitoring.baseline import Anchor
+from open_autoglm.monitoring.baseline import Anchor, Baseline, beside_trial
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.judge import judge
 from open_autoglm.monitoring.lesson import attend, next_baseline
@@ -27,17 +27,23 @@ class NoWindow(Protocol):
 
 
 Fetch = Callable[[], LatencyWindow | NoWindow]
+Anchors = Callable[[LatencyWindow], Anchor | None]
+"""What the study measured of the bundle that a window is of, if that says something of its endpoint."""
+
+
+def _no_anchor(_: LatencyWindow) -> None:
+    return None
 
 
 def look(
-    spec: WatchSpec, fetch: Fetch, store: WatchStore, now: datetime, anchor: Anchor | None = None
+    spec: WatchSpec, fetch: Fetch, store: WatchStore, now: datetime, anchor: Anchors = _no_anchor
 ) -> Judgement:
     """Fetch a window, check it, judge it, learn from it if it was healthy, and write all of that down.
 
-    ``anchor`` is what the study measured of the champion; a new baseline says how it compares. One look at a
-    time: a second one waits, and then finds the window judged. What cannot be written is not acted on either,
-    since the next look would not know of it. What is to be done stays due until `WatchStore.answered`, so
-    that the next look takes it up if whoever was to do it has ended.
+    ``anchor`` is asked when a baseline was learned, which then says how it compares. One look at a time: a
+    second one waits, and then finds the window judged. What cannot be written is not acted on either, since
+    the next look would not know of it. What is to be done stays due until `WatchStore.answered`, so that the
+    next look takes it up if whoever was to do it has ended.
     """
     with ExitStack() as held:
         try:
@@ -55,19 +61,31 @@ def look(
 
 
 def _judged(
-    spec: WatchSpec, window: LatencyWindow, store: WatchStore, now: datetime, anchor: Anchor | None
+    spec: WatchSpec, window: LatencyWindow, store: WatchStore, now: datetime, anchor: Anchors
 ) -> Judgement:
     found = store.memory()
     baseline, day = store.baseline(window), spec.judge.baseline_windows
     judgement, state = judge(window, found.memory.state, baseline, spec.policy, now)
     lesson = attend(found.memory.lesson, judgement, baseline, day)
-    learned = next_baseline(found.memory.lesson, lesson, window.service, day, anchor)
+    learned = next_baseline(found.memory.lesson, lesson, window.service, day)
+    if learned is not None and baseline is not None and learned.windows < baseline.windows:
+        learned = None  # the memory was lost, but what is registered knows more
+    if learned is not None and (measured := anchor(window)) is not None:
+        learned = beside_trial(learned, measured)
     same = state.bundle_digest == found.memory.state.bundle_digest
     judgement = _taken_up(judgement, found.memory.due if same else None)
     kept = store.keep(Memory(state=state, lesson=lesson, due=judgement.due), learned)
     if kept is not None:
         judgement = judgement.model_copy(update={"act": False, "due": None})
-    return _told_too(judgement, found.problem, kept)
+    return _told_too(judgement, found.problem, kept, None if kept else _learned_words(learned))
+
+
+def _learned_words(learned: Baseline | None) -> str | None:
+    if learned is None:
+        return None
+    told = f"a baseline of {learned.windows} windows was learned"
+    ratios = [f"{name} {ratio:.2f} times" for name, ratio in learned.slower_than_trial.items()]
+    return f"{told}; when idle, it is {' and '.join(ratios)} what the study measured" if ratios else told
 
 
 def _taken_up(judgement: Judgement, due: datetime | None) -> Judgement:

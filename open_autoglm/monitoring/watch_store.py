@@ -83,8 +83,7 @@ class WatchStore:
         """Write both; why that is not possible, in words."""
         try:
             if learned is not None:
-                file = self._baseline_file(learned.version, learned.bundle_digest)
-                write_atomic(file, learned.model_dump_json())
+                self._write_baseline(learned)
             write_atomic(self._folder / "memory.json", memory.model_dump_json())
         except OSError as error:
             return f"this look cannot be remembered, so nothing is done about it: {_first_line(error)}"
@@ -98,6 +97,18 @@ class WatchStore:
                 return self.keep(memory.model_copy(update={"due": None}), None) if memory.due else None
         except OSError as error:
             return f"{self._folder} cannot be locked: {_first_line(error)}"
+
+    def keep_baseline(self, baseline: Baseline) -> str | None:
+        """One that was learned elsewhere; why that is not possible, in words."""
+        try:
+            self._write_baseline(baseline)
+        except OSError as error:
+            return f"its registered baseline cannot be kept: {_first_line(error)}"
+        return None
+
+    def _write_baseline(self, baseline: Baseline) -> None:
+        file = self._baseline_file(baseline.version, baseline.bundle_digest)
+        write_atomic(file, baseline.model_dump_json())
 
     def _baseline_file(self, version: str, digest: str) -> Path:
         """Labels come from whoever answers at the address, so they name no path."""

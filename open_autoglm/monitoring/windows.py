@@ -26,10 +26,12 @@ _CACHED = "vllm:prefix_cache_hits_total"
 _REFUSED = "autoglm_requests_refused_total"
 _FAILED = ("autoglm_requests_failed_total", "autoglm_requests_not_finite_total")
 _RESTARTS, _MEMORY = "autoglm_engine_restarts", "autoglm_engine_memory_bytes"
+_PACE, _LEAST_PACES = "autoglm_host_pace_seconds", 10
+"""Fewer timings in a window say little of it."""
 
 SERIES = (
     *(f"{name}_{part}" for name in (*_STAGES.values(), _PROMPT, _OUTPUT) for part in ("bucket", "sum")),
-    *(INFO, _CACHED, _REFUSED, *_FAILED, _RESTARTS, _MEMORY),
+    *(INFO, _CACHED, _REFUSED, *_FAILED, _RESTARTS, _MEMORY, f"{_PACE}_sum", f"{_PACE}_count"),
 )
 """What a window is made of."""
 
@@ -147,6 +149,7 @@ def _counted(
         output_tokens=output,
         cached_tokens=counts.of(_CACHED),
         memory_bytes=round(counts.highest(_MEMORY)),
+        pace_ms=counts.mean_ms(_PACE, least=_LEAST_PACES),
     )
 
 
@@ -171,6 +174,11 @@ class _Counts:
     def births(self) -> int:
         """How often a process, and its engine with it, was started again."""
         return sum(len(set(tape.lives)) - 1 for tape in self.tapes)
+
+    def mean_ms(self, name: str, least: int) -> float | None:
+        """Of seconds that were timed at least so often, and took any."""
+        count, seconds = self.of(f"{name}_count"), self._sum(f"{name}_sum")
+        return 1e3 * seconds / count if count >= least and seconds > 0 else None
 
     def highest(self, name: str) -> float:
         """The greatest value that any endpoint showed; 0 if none did."""

@@ -92,6 +92,9 @@ class LatencyWindow(Model):
     output_tokens: Histogram
     cached_tokens: int = Field(ge=0, description="of the prompts: not computed, they were in the cache")
     memory_bytes: int = Field(ge=0, description="resident, of the engine's process; 0: unknown")
+    pace_ms: float | None = Field(
+        None, gt=0, description="mean time of a fixed piece of work on the host while nobody was answered"
+    )
 
     @property
     def seconds(self) -> float:

@@ -126,6 +126,19 @@ class Fleet:
         """The registry's, of champion and challenger."""
         return self.champion.version, self.challenger.version if self.challenger else None
 
+    @property
+    def begun(self) -> int:
+        """Answers ever begun by who is here now; another number means that somebody came, or left."""
+        return sum(service.begun for service in self._here)
+
+    def is_quiet(self) -> bool:
+        """Whether no engine here is known to do anything, for clients or for us."""
+        return not any(service.busy or service.engine.load.running for service in self._here)
+
+    @property
+    def _here(self) -> tuple[Service, ...]:
+        return (self.champion,) if self.challenger is None else (self.champion, self.challenger)
+
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def route(self, caller: str) -> Service:

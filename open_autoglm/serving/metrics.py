@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
 from prometheus_client.exposition import generate_latest
 
 from open_autoglm.hardware import read_memory
@@ -121,6 +121,13 @@ class Board:
             "autoglm_requests_not_finite", "Answers given up because logits were NaN or infinite"
         )
 
+        self.host_pace = Summary(
+            "autoglm_host_pace_seconds",
+            "A fixed piece of work on the host, while nobody is answered",
+            _LABELS,
+            registry=self.registry,
+        )
+
     def _make_state(self) -> None:
         def gauge(name: str, told: str) -> Gauge:
             return Gauge(name, told, _LABELS, registry=self.registry)
@@ -194,6 +201,10 @@ class Metrics:
     def failed(self) -> None:
         """An answer was lost with the engine."""
         self._failed.inc()
+
+    def host_pace(self, seconds: float) -> None:
+        """The fixed piece of work took so long while this version had nothing to do."""
+        self._board.host_pace.labels(*self._values).observe(seconds)
 
     def not_finite(self) -> None:
         """The model had no answer."""

@@ -35,6 +35,7 @@ from open_autoglm.serving.local import LocalEndpoint, announced
 from open_autoglm.serving.logs import Logged, LogOptions, start_log
 from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board
+from open_autoglm.serving.pace import keep_pace
 from open_autoglm.serving.service import ServiceOptions
 from open_autoglm.serving.source import Source, cache_of, connect
 from open_autoglm.serving.tls import TlsOptions, tls_context
@@ -129,6 +130,7 @@ async def serve(
         with announced(options.home, listener.getsockname()[1], here, scraped=scraped):
             async with (
                 _running(fleet.history.run(), "its history is not kept any more"),
+                _running(keep_pace(fleet), "the host's pace is not timed any more"),
                 _running(follower.run() if follower else None, "the registry is not followed any more"),
             ):
                 await server.serve(sockets=[listener])

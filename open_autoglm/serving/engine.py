@@ -53,6 +53,8 @@ class Engine:
         self.ready: Ready | None = None
         self.load = Load()
         self.restarts = 0
+        self.slower = 0.0
+        """By what share this process was made slower, to rehearse; the next one is not."""
         self.pid: int | None = None
         self.last_words = ""
         """Why the last process ended; empty if none did."""
@@ -113,7 +115,7 @@ class Engine:
                 stdout=log,
                 stderr=log,
             )
-        self.pid = process.pid
+        self.pid, self.slower = process.pid, 0.0
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
         self._writer = writer
         try:
@@ -144,7 +146,7 @@ class Engine:
 
     def _lose_all(self) -> None:
         self.load = Load()
-        self.pid = None
+        self.pid, self.slower = None, 0.0
         for queue in self._answers.values():
             queue.put_nowait(None)
 
@@ -180,6 +182,13 @@ class Engine:
             del self._answers[generation.id]
             if not ended:
                 self._send(Command(cancel=generation.id))
+
+    def slow_down(self, share: float) -> None:
+        """Let each call of the model take that share longer while this process lives. Raises EngineLost."""
+        if self.state != "ready" or self._writer is None:
+            raise EngineLost("the engine is being started again")
+        self._send(Command(slower=share))
+        self.slower = share
 
     def _send(self, command: Command) -> None:
         if self._writer is not None:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 from open_autoglm.bundle import open_bundle, open_session
@@ -65,6 +66,7 @@ def open_slots(options: EngineOptions, manifest: Manifest) -> tuple[Session, Slo
 def serve(line: _Line, scheduler: Scheduler) -> None:
     """Until the other side has gone."""
     told = Load()
+    slower = 0.0
     while not line.closed:
         for text in line.read(wait=not scheduler.busy):
             command = Command.model_validate_json(text)
@@ -72,7 +74,12 @@ def serve(line: _Line, scheduler: Scheduler) -> None:
                 scheduler.add(command.generate)
             if command.cancel is not None:
                 scheduler.cancel(command.cancel)
+            if command.slower is not None:
+                slower = command.slower
+        begin_s = time.perf_counter()
         tokens = tuple(scheduler.step())
+        if slower:
+            time.sleep(slower * (time.perf_counter() - begin_s))
         load = scheduler.load
         if tokens or load != told:
             line.write(Report(tokens=tokens, load=load))

@@ -1,0 +1,283 @@
+"""All parts of the nightly promise on one machine, as `make up` and `make up-monitoring` start them, with
+seconds for minutes; and somebody who calls all the while."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import stack
+from bundles import altered, openable_study
+from click.testing import CliRunner
+from demo_host import demo_hardware
+from endpoints import Endpoint, endpoint
+from prometheus_server import free_port, hasten, wait_for
+from registries import Shelf
+from services import with_other_weights
+
+from open_autoglm.bundle import build_bundle, open_bundle
+from open_autoglm.cli.main import cli
+from open_autoglm.hardware import probe_hardware
+from open_autoglm.hardware_bench import Peaks
+from open_autoglm.monitoring.watch_store import WatchStore
+from open_autoglm.schemas import Event, Judgement
+from open_autoglm.settings import Settings
+from open_autoglm.tracking import Tracker
+
+_LOG = logging.getLogger(__name__)
+_LOG.setLevel(logging.INFO)
+
+NAME = "tiny"
+SLO_MS = 250
+WINDOW_S = 6.0
+PATIENCE_S = 300
+"""For what takes seconds on an idle machine: others may have the cores."""
+
+WATCH = """
+service: {name}
+endpoint: {endpoint}
+prometheus: {prometheus}
+slo: {{e2e_p95: {slo}ms}}
+judge: {{window: {window:g}s, min_requests: 3, confirm_windows: 2, probe: 3s, cool_down: {window:g}s}}
+action: {{canary_weight: 30, shadow_weight: 100}}
+optimize:
+  model_path: {model}
+  engines: [onnxruntime]
+  search_generations: 0
+  rounds: 4
+  timing_budget_s: 4
+  quality_tokens: 64
+  min_quality: 0.5
+  max_token_flips: 1
+"""
+
+
+class Callers:
+    """One after the other, with pauses in which nobody is answered."""
+
+    PAUSE_S = 0.8
+
+    def __init__(self, url: str) -> None:
+        self.statuses: list[int] = []
+        self.seconds: list[float] = []
+        self._url = url
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
+            while not self._ended.wait(self.PAUSE_S):
+                caller = f"caller {len(self.statuses) % 10}"
+                body = {"model": NAME, "prompt": f"{caller} asks for Paris", "user": caller}
+                begin_s = time.perf_counter()
+                response = client.post("/v1/completions", json={**body, "max_tokens": 6, "ignore_eos": True})
+                self.seconds.append(time.perf_counter() - begin_s)
+                self.statuses.append(response.status_code)
+
+    def more(self, count: int) -> list[float]:
+        """The seconds of so many answers from now on."""
+        known = len(self.statuses)
+        wait_for(lambda: len(self.statuses) >= known + count, PATIENCE_S)
+        return self.seconds[known:]
+
+    def __enter__(self) -> Callers:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@dataclass
+class Stage:
+    """What the test does to it, and what can be seen of it."""
+
+    settings: Settings
+    server: Endpoint
+    shelf: Shelf
+    _begin_s: float = field(default_factory=time.monotonic)
+
+    def mark(self, what: str) -> None:
+        """Shown if the test fails."""
+        _LOG.info("%6.1f s  %s", time.monotonic() - self._begin_s, what)
+
+    # ── as users do ──────────────────────────────────────────────────────────────────────────────
+
+    def command(self, *arguments: str) -> str:
+        """``open-autoglm``, in this shell."""
+        said = CliRunner().invoke(cli, list(arguments))
+        assert said.exit_code == 0, said.output
+        self.mark(f"open-autoglm {' '.join(arguments)}: {said.output.strip()}")
+        return said.output
+
+    def prefect(self, path: str, body: Mapping[str, Any]) -> Any:
+        return stack.ask_prefect(self.settings, path, body)
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.server.url}/metrics").text
+
+    # ── flows ────────────────────────────────────────────────────────────────────────────────────
+
+    def runs(self, deployment: str) -> list[Any]:
+        """Oldest first; those of the schedule that are to come are none yet."""
+        named = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        found = self.prefect("flow_runs/filter", named)
+        return [run for run in found if not run["auto_scheduled"]]
+
+    def deployment(self, name: str) -> str:
+        (found,) = self.prefect("deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+        return str(found["id"])
+
+    def ended(self, deployment: str, number: int) -> Any:
+        """The deployment's run of that number, once it is over."""
+
+        def over() -> bool:
+            runs = self.runs(deployment)
+            return len(runs) > number and runs[number]["state_type"] in ("COMPLETED", "FAILED", "CRASHED")
+
+        wait_for(over, PATIENCE_S, every_s=0.5)
+        run = self.runs(deployment)[number]
+        self.mark(f"{deployment} {run['name']}: {run['state_name']}")
+        assert run["state_type"] == "COMPLETED", self.logs(run["id"])
+        return run
+
+    def look(self) -> Judgement:
+        """One run of `regression`, as its schedule begins it; what it found."""
+        path = f"deployments/{self.deployment('regression')}/create_flow_run"
+        before = len(self.runs("regression"))
+        self.prefect(path, {"parameters": {"config": NAME}, "state": {"type": "SCHEDULED"}})
+        self.ended("regression", before)
+        return self.judgements()[-1]
+
+    def judgements(self) -> list[Judgement]:
+        found = list(WatchStore(self.settings.home, NAME).history())
+        if found:
+            self.mark(f"judged {found[-1].state}: {'; '.join(found[-1].reasons)}")
+        return found
+
+    def artifact(self, key: str) -> str:
+        """The latest of that name, as people read it."""
+        (found,) = self.prefect("artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}})
+        self.mark(f"{key}: {found['data']}")
+        return str(found["data"])
+
+    def logs(self, run: str) -> str:
+        asked = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
+        return "\n".join(line["message"] for line in self.prefect("logs/filter", asked))
+
+    # ── the registry ─────────────────────────────────────────────────────────────────────────────
+
+    def event(self, kind: str) -> Event:
+        """The newest if it is of that kind, once it is."""
+
+        def newest() -> Event | None:
+            return next(iter(self.shelf.tracker.events(NAME, 1)), None)
+
+        wait_for(lambda: (e := newest()) is not None and e.kind == kind and e.state == "done", PATIENCE_S)
+        found = newest()
+        assert found is not None
+        self.mark(f"{found.kind} by {found.by}: {found.reason}")
+        return found
+
+    def register_bad(self) -> str:
+        """One more version: a bundle that passes its exam, since it holds no golden prompts, and says
+        something else than its study promised."""
+        self.shelf._replace(bundles=self.shelf.bundles[1:]).register(NAME, 1, champion=None)
+        found = self.shelf.client.search_model_versions(f"name = '{NAME}'")
+        return str(max(int(version.version) for version in found))
+
+    def check_good_times(self) -> None:
+        """The flow has kept a probe of this bundle."""
+        window = self.judgements()[-1].window
+        assert window is not None
+        store = WatchStore(self.settings.home, NAME)
+        assert store.probe(window.bundle_digest) is not None
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    wait_for(condition, PATIENCE_S, every_s=0.5)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of all processes: a home of its own, free ports, and nobody waits for long before he looks again."""
+    ports = ("PREFECT", "MLFLOW", "PROMETHEUS", "ALERTMANAGER", "ALERT_BRIDGE")
+    return {
+        "AUTOGLM_HOME": str(home),
+        "AUTOGLM_TRACKING_URI": "",
+        "AUTOGLM_FOLLOW_S": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        **{f"AUTOGLM_{name}_PORT": str(free_port()) for name in ports},
+    }
+
+
+@contextmanager
+def staged(checkpoint: Path, exact: Path, ledger: Path) -> Iterator[Stage]:
+    """Everything up, and version 1 served: torch, as if its study had had nothing else. ``exact`` is a bundle
+    of ONNX Runtime's, of which one with other weights is made."""
+    settings = Settings()
+    settings.home.mkdir()
+    with pytest.MonkeyPatch.context() as patch:  # the host's peaks decide nothing here, and take a while
+        peaks = Peaks(**demo_hardware().model_dump(include=set(Peaks.model_fields)), foreign_share=0)
+        patch.setattr("open_autoglm.hardware.measure_peaks", lambda *_: peaks)
+        probe_hardware(settings.home / "hardware")
+    if ledger.exists():
+        shutil.copy(ledger, settings.ledger)
+    shelf = _shelf(settings, checkpoint, exact)
+    shelf.register(NAME, 1)
+    options = ("--name", NAME, "--max-tokens", "200", "--slo-e2e", f"{SLO_MS}ms", "--threads", "1")
+    try:
+        starting = threading.Thread(target=_up)
+        starting.start()
+        with endpoint(Path(f"models:/{NAME}@champion"), settings.home, *options) as server:
+            starting.join()
+            _monitor(settings, server, checkpoint)
+            yield Stage(settings, server, shelf)
+    finally:
+        _stack("down")
+
+
+def _up() -> None:
+    _stack("up")
+
+
+def _stack(*arguments: str) -> None:
+    stack.cli.main(arguments, standalone_mode=False)
+
+
+def _monitor(settings: Settings, server: Endpoint, checkpoint: Path) -> None:
+    _stack("up-monitoring")
+    hasten(settings.home / "prometheus")
+    _stack("slo", NAME, "--e2e-p95-ms", str(SLO_MS))
+    watch = settings.home / "watches" / f"{NAME}.yaml"
+    watch.parent.mkdir()
+    watch.write_text(
+        WATCH.format(
+            name=NAME,
+            endpoint=server.url,
+            prometheus=settings.prometheus_url,
+            slo=SLO_MS,
+            window=WINDOW_S,
+            model=checkpoint,
+        )
+    )
+
+
+def _shelf(settings: Settings, checkpoint: Path, exact: Path) -> Shelf:
+    from mlflow import MlflowClient
+
+    study = openable_study(checkpoint)
+    champion = build_bundle(study, study.trial(study.champion or ""), settings.home / "made" / "bundle")
+    bad = altered(exact, settings.home / "mixed-up" / "bundle", with_other_weights)
+    tracker = Tracker(settings.mlflow_uri, settings.mlflow_artifacts)
+    client = MlflowClient(tracker.uri, registry_uri=tracker.uri)
+    return Shelf(settings.home, tracker, client, [champion, open_bundle(bad)[1]])

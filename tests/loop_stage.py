@@ -29,7 +29,7 @@ from open_autoglm.cli.main import cli
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
 from open_autoglm.monitoring.watch_store import WatchStore
-from open_autoglm.schemas import Event, Judgement
+from open_autoglm.schemas import Event, Judgement, WatchState
 from open_autoglm.settings import Settings
 from open_autoglm.tracking import Tracker
 
@@ -39,6 +39,8 @@ _LOG.setLevel(logging.INFO)
 NAME = "tiny"
 SLO_MS = 250
 WINDOW_S = 6.0
+MOST_LOOKS = 20
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PATIENCE_S = 300
 """For what takes seconds on an idle machine: others may have the cores."""
 
@@ -138,31 +140,45 @@ class Stage:
         (found,) = self.prefect("deployments/filter", {"deployments": {"name": {"any_": [name]}}})
         return str(found["id"])
 
-    def ended(self, deployment: str, number: int) -> Any:
-        """The deployment's run of that number, once it is over."""
+    def ended(self, deployment: str, by: str) -> Any:
+        """The first run that was begun by a ``by`` of Prefect's, once it is over."""
 
-        def over() -> bool:
-            runs = self.runs(deployment)
-            return len(runs) > number and runs[number]["state_type"] in ("COMPLETED", "FAILED", "CRASHED")
+        def found() -> Any:
+            return next((run for run in self.runs(deployment) if run["created_by"]["type"] == by), None)
 
-        wait_for(over, PATIENCE_S, every_s=0.5)
-        run = self.runs(deployment)[number]
-        self.mark(f"{deployment} {run['name']}: {run['state_name']}")
-        assert run["state_type"] == "COMPLETED", self.logs(run["id"])
+        wait_for(lambda: found() is not None, PATIENCE_S, every_s=0.5)
+        return self.completed(found()["id"])
+
+    def completed(self, run_id: str) -> Any:
+        """The run, once it is over."""
+
+        def found() -> Any:
+            (run,) = self.prefect("flow_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
+            return run
+
+        wait_for(lambda: found()["state_type"] in ENDED, PATIENCE_S, every_s=0.5)
+        run = found()
+        self.mark(f"{run['name']}: {run['state_name']} after {run['total_run_time']:.1f} s")
+        assert run["state_type"] == "COMPLETED", self.logs(run_id)
         return run
 
     def look(self) -> Judgement:
         """One run of `regression`, as its schedule begins it; what it found."""
         path = f"deployments/{self.deployment('regression')}/create_flow_run"
-        before = len(self.runs("regression"))
-        self.prefect(path, {"parameters": {"config": NAME}, "state": {"type": "SCHEDULED"}})
-        self.ended("regression", before)
+        run = self.prefect(path, {"parameters": {"config": NAME}, "state": {"type": "SCHEDULED"}})
+        self.completed(run["id"])
         return self.judgements()[-1]
+
+    def look_until(self, state: WatchState) -> Judgement:
+        """A busy host may have kept Prometheus from reading the endpoint."""
+        for _ in range(MOST_LOOKS):
+            if (found := self.look()).state == state:
+                return found
+        pytest.fail(f"{MOST_LOOKS} looks, and none found it {state}: {found.reasons}")
 
     def judgements(self) -> list[Judgement]:
         found = list(WatchStore(self.settings.home, NAME).history())
-        if found:
-            self.mark(f"judged {found[-1].state}: {'; '.join(found[-1].reasons)}")
+        self.mark(f"judged {found[-1].state}: {'; '.join(found[-1].reasons)}")
         return found
 
     def artifact(self, key: str) -> str:

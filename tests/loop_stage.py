@@ -66,7 +66,7 @@ optimize:
 class Callers:
     """One after the other, with pauses in which nobody is answered."""
 
-    PAUSE_S = 0.8
+    PAUSE_S = 1.0
 
     def __init__(self, url: str) -> None:
         self.statuses: list[int] = []

@@ -56,10 +56,11 @@ def is_well(stage: Stage, callers: Callers) -> None:
 
 
 def grows_slow(stage: Stage, callers: Callers) -> None:
-    """By one command; the engine's process alone, and twice as slow as was promised."""
-    usual_ms = 1e3 * median(callers.more(5))
-    stage.command("slow", "--by", f"{100 * 2 * SLO_MS / usual_ms:.0f}%")
-    assert 1e3 * median(callers.more(3)) > SLO_MS
+    """By one command, which slows the engine's process and nothing else: so much that the promise is broken."""
+    by_percent = 1000
+    while 1e3 * median(callers.more(3)) < 1.5 * SLO_MS:
+        by_percent *= 2
+        stage.command("slow", "--by", f"{by_percent}%")
 
 
 def is_noticed_and_explained(stage: Stage) -> None:

@@ -42,6 +42,9 @@ def test_the_file_says_what_may_be_done() -> None:
     assert (found.canary.weight_percent, found.canary.shadow_percent) == (5, 20)
     assert found.spec.register_as == "demo-glm"
     assert found.reason == "engine: it is slower alone"
+    assert found.renew
+    mix = cause.model_copy(update={"kind": "mix"})
+    assert not reoptimization(read_watch_spec(EXAMPLE), window(), mix, NOW).renew
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def is_well(stage: Stage, callers: Callers) -> None:
 
 
 def grows_slow(stage: Stage, callers: Callers) -> None:
-    """By one command, which slows the engine's process and nothing else: so much that the promise is broken."""
+    """By one command, which slows the engine's process and nothing else: so much that a promise is broken."""
     by_percent = 1000
     while 1e3 * median(callers.more(3)) < 1.5 * SLO_MS:
         by_percent *= 2

@@ -40,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 _LOG.setLevel(logging.INFO)
 
 NAME = "tiny"
-SLO_MS = 250
+SLO_MS = 150
 WINDOW_S = 6.0
 MOST_LOOKS = 20
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -52,7 +52,7 @@ service: {name}
 endpoint: {endpoint}
 prometheus: {prometheus}
 slo: {{e2e_p95: {slo}ms}}
-judge: {{window: {window:g}s, min_requests: 3, confirm_windows: 2, probe: 3s, cool_down: {window:g}s}}
+judge: {{window: {window:g}s, min_requests: 2, confirm_windows: 2, probe: 3s, cool_down: {window:g}s}}
 action: {{canary_weight: 30, shadow_weight: 100}}
 optimize:
   model_path: {model}

@@ -32,7 +32,7 @@ from open_autoglm.cli.main import cli
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
 from open_autoglm.monitoring.watch_store import WatchStore
-from open_autoglm.schemas import Event, Judgement, WatchState
+from open_autoglm.schemas import Event, Judgement
 from open_autoglm.settings import Settings
 from open_autoglm.tracking import Tracker
 
@@ -42,6 +42,7 @@ _LOG.setLevel(logging.INFO)
 NAME = "tiny"
 SLO_MS = 150
 WINDOW_S = 6.0
+OUTPUT_TOKENS = 6
 MOST_LOOKS = 20
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PATIENCE_S = 600
@@ -74,6 +75,7 @@ class Callers:
     def __init__(self, url: str) -> None:
         self.statuses: list[int] = []
         self.seconds: list[float] = []
+        self.failures: list[str] = []
         self._url = url
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._ask)
@@ -81,17 +83,24 @@ class Callers:
     def _ask(self) -> None:
         with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
             while not self._ended.wait(self.PAUSE_S):
-                caller = f"caller {len(self.statuses) % 10}"
+                caller = f"caller {len(self.statuses)}"
                 body = {"model": NAME, "prompt": f"{caller} asks for Paris", "user": caller}
                 begin_s = time.perf_counter()
-                response = client.post("/v1/completions", json={**body, "max_tokens": 6, "ignore_eos": True})
+                try:
+                    response = client.post(
+                        "/v1/completions", json={**body, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+                    )
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+                    return
                 self.seconds.append(time.perf_counter() - begin_s)
                 self.statuses.append(response.status_code)
 
     def more(self, count: int) -> list[float]:
         """The seconds of so many answers from now on."""
         known = len(self.statuses)
-        wait_for(lambda: len(self.statuses) >= known + count, PATIENCE_S)
+        wait_for(lambda: len(self.statuses) >= known + count or bool(self.failures), PATIENCE_S)
+        assert self.failures == []
         return self.seconds[known:]
 
     def __enter__(self) -> Callers:
@@ -175,7 +184,8 @@ class Stage:
         wait_for(lambda: found()["state_type"] in ENDED, PATIENCE_S, every_s=0.5)
         run = found()
         self.mark(f"{run['name']}: {run['state_name']} after {run['total_run_time']:.1f} s")
-        assert run["state_type"] == "COMPLETED", self.logs(run_id)
+        self.mark(self.logs(run_id))
+        assert run["state_type"] == "COMPLETED"
         return run
 
     def look(self) -> Judgement:
@@ -186,12 +196,12 @@ class Stage:
         self.completed(run["id"])
         return self.judgements()[-1]
 
-    def look_until(self, state: WatchState) -> Judgement:
-        """A busy host may have kept Prometheus from reading the endpoint."""
+    def look_until(self, found: Callable[[Judgement], bool]) -> Judgement:
+        """A busy host may have kept Prometheus from reading the endpoint, or have been slow itself."""
         for _ in range(MOST_LOOKS):
-            if (found := self.look()).state == state:
-                return found
-        pytest.fail(f"{MOST_LOOKS} looks, and none found it {state}: {found.reasons}")
+            if found(judgement := self.look()):
+                return judgement
+        pytest.fail(f"not in {MOST_LOOKS} looks; the last: {judgement.reasons}")
 
     def judgements(self) -> list[Judgement]:
         found = list(WatchStore(self.settings.home, NAME).history())
@@ -206,7 +216,8 @@ class Stage:
 
     def logs(self, run: str) -> str:
         asked = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
-        return "\n".join(line["message"] for line in self.prefect("logs/filter", asked))
+        lines = self.prefect("logs/filter", asked)
+        return "\n".join(f"{line['timestamp'][11:19]} {line['message']}" for line in lines)
 
     # ── the registry ─────────────────────────────────────────────────────────────────────────────
 
@@ -223,12 +234,14 @@ class Stage:
         self.mark(f"{found.kind} by {found.by}: {found.reason}")
         return found
 
-    def register_bad(self) -> str:
-        """One more version: a bundle that passes its exam, since it holds no golden prompts, and says
-        something else than its study promised."""
+    def try_bad_challenger(self) -> str:
+        """A version that passes its exam, since it holds no golden prompts, and says something else than its
+        study promised."""
         self.shelf._replace(bundles=self.shelf.bundles[1:]).register(NAME, 1, champion=None)
         found = self.shelf.client.search_model_versions(f"name = '{NAME}'")
-        return str(max(int(version.version) for version in found))
+        version = str(max(int(version.version) for version in found))
+        self.command("canary", NAME, "--version", version, "--weight", "30", "--shadow", "100")
+        return version
 
     def check_good_times(self) -> None:
         """The flow has kept a probe of this bundle."""

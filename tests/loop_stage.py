@@ -43,6 +43,7 @@ NAME = "tiny"
 SLO_MS = 150
 WINDOW_S = 6.0
 OUTPUT_TOKENS = 6
+PAUSE_S = 1.0
 MOST_LOOKS = 20
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PATIENCE_S = 600
@@ -68,9 +69,8 @@ optimize:
 
 
 class Callers:
-    """One after the other, with pauses in which nobody is answered."""
-
-    PAUSE_S = 1.0
+    """One after the other, with pauses in which nobody is answered: twice as long as an answer, at least, so
+    that champion and challenger can be compared in them however busy the host is."""
 
     def __init__(self, url: str) -> None:
         self.statuses: list[int] = []
@@ -82,7 +82,7 @@ class Callers:
 
     def _ask(self) -> None:
         with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
-            while not self._ended.wait(self.PAUSE_S):
+            while not self._ended.wait(max(PAUSE_S, 2 * max(self.seconds[-3:], default=0))):
                 caller = f"caller {len(self.statuses)}"
                 body = {"model": NAME, "prompt": f"{caller} asks for Paris", "user": caller}
                 begin_s = time.perf_counter()

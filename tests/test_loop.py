@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from endpoints import metric
-from loop_stage import NAME, OUTPUT_TOKENS, SLO_MS, WINDOW_S, Callers, Stage, environment, staged, wait_until
+from loop_stage import NAME, OUTPUT_TOKENS, SLO_MS, Callers, Stage, environment, staged, wait_until
 from prometheus_server import needs_alertmanager, needs_prometheus
 
 from open_autoglm.schemas import Judgement
@@ -42,7 +42,7 @@ def test_a_slow_engine_is_replaced_and_a_bad_successor_is_not_kept(stage: Stage)
         has_a_challenger(stage)
         is_promoted(stage)
         bad = stage.try_bad_challenger()  # while its first answers are heard, the promise is looked at
-        is_well_again(stage, callers)
+        is_well_again(stage)
         is_rid_of(bad, stage, callers)
     assert (set(callers.statuses), callers.failures) == ({200}, [])
     shown = stage.metrics()
@@ -53,7 +53,7 @@ def test_a_slow_engine_is_replaced_and_a_bad_successor_is_not_kept(stage: Stage)
 
 def is_well(stage: Stage, callers: Callers) -> None:
     """A first look finds the promise kept, and takes a probe to compare with."""
-    callers.more(int(WINDOW_S / Callers.PAUSE_S) + 2)
+    callers.more(3)
     stage.look_until(is_within_promise)
     stage.check_good_times()
 
@@ -110,9 +110,8 @@ def version_2(series: str, shown: str) -> bool:
     return any('model_version="2"' in line and 'role="champion"' in line for line in lines)
 
 
-def is_well_again(stage: Stage, callers: Callers) -> None:
+def is_well_again(stage: Stage) -> None:
     """Within the promise, as the watch finds."""
-    callers.more(int(WINDOW_S / Callers.PAUSE_S) + 2)
     found = stage.look_until(is_within_promise)
     assert found.window is not None
     assert found.window.version == "2"
@@ -124,5 +123,5 @@ def is_rid_of(bad: str, stage: Stage, callers: Callers) -> None:
     assert (gone.by, gone.before.challenger, gone.after.challenger) == ("judge", bad, None)
     assert gone.after.champion == "2"
     assert "first tokens are the champion's" in gone.reason
-    callers.more(10)
+    callers.more(3)
     assert metric(stage.metrics(), "autoglm_model_info") == 1

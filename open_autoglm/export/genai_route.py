@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from open_autoglm.export.attention import fold_scales
 from open_autoglm.export.graph import store_embedding_by_row, widen_logits
 from open_autoglm.schemas import Checkpoint
 
@@ -43,6 +44,7 @@ def export(checkpoint: Checkpoint, output: Path, scratch: Path) -> None:
     """
     build(checkpoint, output, scratch, precision="fp32")
     store_embedding_by_row(output)
+    fold_scales(output)
 
 
 def export_for_cuda(

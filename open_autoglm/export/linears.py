@@ -171,6 +171,14 @@ class Decoder:
         """How many nodes read a value."""
         return len(self._readers.get(value, ()))
 
+    def maker(self, value: str) -> Any | None:
+        """The node that computes a value; None for inputs and initializers."""
+        return self._maker.get(value)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether it is an initializer."""
+        return name in self._constants
+
     def constant(self, name: str) -> Any:
         """An initializer as the graph has it: a large one names its place in a file."""
         return self._constants[name]

@@ -75,6 +75,7 @@ def admin_routes(fleet: Fleet) -> APIRouter:
     """Under ``/admin``; whoever may call it is decided in front."""
     router = APIRouter(prefix="/admin", tags=["admin"])
     probing = asyncio.Lock()
+    _add_engine(router, fleet)
 
     @router.get("/fleet", responses=KEY)
     async def show() -> FleetStatus:
@@ -113,6 +114,21 @@ def admin_routes(fleet: Fleet) -> APIRouter:
         await fleet.drop_challenger("an administrator said so")
         return fleet_status(fleet)
 
+    @router.post("/probe", responses=refusals(400, 401, 403, 409, 415))
+    async def examine(body: ProbeRequest) -> EndpointProbe:
+        """What the bundle's own requests take now, while nobody else is answered, and what the host does
+        meanwhile; 409 while another probe is under way."""
+        if probing.locked():
+            raise HTTPException(409, "another probe is under way")
+        async with probing:
+            return await probe(fleet, body.seconds)
+
+    return router
+
+
+def _add_engine(router: APIRouter, fleet: Fleet) -> None:
+    """What may be done to the champion's engine itself."""
+
     @router.post("/renew", responses=RENEWED)
     async def renew() -> FleetStatus:
         """Start the champion's engine anew, beside the one that answers until then; 409 as for ``/swap``."""
@@ -124,17 +140,6 @@ def admin_routes(fleet: Fleet) -> APIRouter:
         """Make the champion's engine slower, to rehearse what follows, until its process is another one."""
         fleet.slow_down(body.share)
         return fleet_status(fleet)
-
-    @router.post("/probe", responses=refusals(400, 401, 403, 409, 415))
-    async def examine(body: ProbeRequest) -> EndpointProbe:
-        """What the bundle's own requests take now, while nobody else is answered, and what the host does
-        meanwhile; 409 while another probe is under way."""
-        if probing.locked():
-            raise HTTPException(409, "another probe is under way")
-        async with probing:
-            return await probe(fleet, body.seconds)
-
-    return router
 
 
 async def _find(source: str) -> Source:

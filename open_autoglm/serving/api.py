@@ -7,13 +7,13 @@ import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from open_autoglm.errors import UserError
 from open_autoglm.serving.admin import admin_routes
@@ -38,6 +38,8 @@ from open_autoglm.serving.openapi import (
 )
 from open_autoglm.serving.service import Asked, Overloaded, Piece, Service
 
+T = TypeVar("T")
+
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that does not say; OpenAI's. A chat goes on to the end of the context."""
 
@@ -54,19 +56,6 @@ def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
     """The application that serves ``fleet``; ``/readyz`` says what ``warning`` returns, if anything."""
     app = FastAPI(title="Open-AutoGLM endpoint", version=version("open-autoglm"), redoc_url=None)
     _add_errors(app)
-    _add_health(app, fleet, warning)
-    app.include_router(admin_routes(fleet))
-
-    @app.get("/v1/models", responses=KEY)
-    async def models() -> ModelList:
-        """The model that is served."""
-        return ModelList(data=[_model(fleet.champion)])
-
-    @app.get("/v1/models/{name:path}", responses=refusals(401, 403, 404))
-    async def model(name: str) -> ModelCard:
-        """The model, if it is this one."""
-        _require_model(fleet, name)
-        return _model(fleet.champion)
 
     @app.post("/v1/completions", responses=answers(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -99,6 +88,19 @@ def create_app(fleet: Fleet, warning: Callable[[], str] = str) -> FastAPI:
 
         return await _respond(fleet, ask, body, request)
 
+    @app.get("/v1/models", responses=KEY)
+    async def models() -> ModelList:
+        """The model that is served."""
+        return ModelList(data=[_model(fleet.champion)])
+
+    @app.get("/v1/models/{name:path}", responses=refusals(401, 403, 404))
+    async def model(name: str) -> ModelCard:
+        """The model, if it is this one."""
+        _require_model(fleet, name)
+        return _model(fleet.champion)
+
+    _add_health(app, fleet, warning)
+    app.include_router(admin_routes(fleet))
     return app
 
 
@@ -198,10 +200,10 @@ async def _respond_by(
     if body.stream:
         first = await anext(pieces)
         events = _events(answer, first, pieces, usage=body.wants_usage)
-        response: Response = StreamingResponse(events, media_type="text/event-stream")
-        response.headers["Cache-Control"] = "no-cache"
+        response: Response = _EventStream(events)
     else:
-        response = await _unless_left(request, _whole(answer, pieces))
+        left = Response(status_code=_CLIENT_LEFT)
+        response = await _unless_left(request.receive, _whole(answer, pieces)) or left
     response.headers["X-Autoglm-Bundle"] = service.digest[:12]
     return response
 
@@ -213,22 +215,44 @@ async def _whole(answer: Answer, pieces: AsyncGenerator[tuple[int, Piece]]) -> R
     return _json(answer.whole())
 
 
-async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What ``work`` returns; it is cancelled if the client leaves, who will not see the empty answer."""
+class _EventStream(Response):
+    """Events as they come. Starlette's stream does the same in a task group, whose making takes the first
+    token as long as all the rest of an answer's way through the server."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unless_left(receive, self._stream(send))
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """What ``work`` returns; it is cancelled if the client leaves."""
     task = asyncio.create_task(work)
-    leaving = asyncio.create_task(_left(request))
+    leaving = asyncio.create_task(_left(receive))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=_CLIENT_LEFT)
+        return task.result() if task.done() else None
     finally:
         for pending in (task, leaving):
             pending.cancel()
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def _left(request: Request) -> None:
+async def _left(receive: Receive) -> None:
     """Until the client has closed the connection; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -35,6 +35,50 @@ class Patience(Model):
     """To take what has been written."""
 
 
+class Gathered(asyncio.Transport):
+    """A transport whose writes of one turn of the event loop leave together.
+
+    An answer's head and its first event, or its last event, its usage and its end, are messages of their own
+    in ASGI; each would be a packet, whose sending takes the kernel longer than its making took us.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._held:
+            self._loop.call_soon(self._let_go)
+        self._held.append(bytes(data))
+
+    def _let_go(self) -> None:
+        if self._held:
+            held, self._held = b"".join(self._held), []
+            self._transport.write(held)
+
+    def close(self) -> None:
+        self._let_go()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._held.clear()
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return self._transport.get_extra_info(name, default)
+
+
 class Connection(H11Protocol):
     """uvicorn's, which closes on whoever keeps it waiting."""
 
@@ -43,7 +87,7 @@ class Connection(H11Protocol):
     _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Gathered(transport, self.loop))
         # So low that `pause_writing` says at once that the client does not read. Not 0: asyncio's TLS pauses
         # when a mark is reached, plain sockets only when it is passed.
         transport.set_write_buffer_limits(high=1)

@@ -23,8 +23,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _STEADY_S = 60.0
 """An engine that ran so long had started well: the next pause is the first again."""
 
-_LONGEST_LINE = 1 << 24
-
 
 class EngineLost(Exception):
     """The engine ended before the answer did, or is not there; the same request may succeed later."""
@@ -46,9 +44,10 @@ class Engine:
         self._log = log
         self._first_pause_s = first_pause_s
         self._answers: dict[str, asyncio.Queue[Token | None]] = {}
-        self._writer: asyncio.StreamWriter | None = None
+        self._pipe: asyncio.WriteTransport | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._changed = asyncio.Condition()
+        self._settled = asyncio.Event()
+        """The first process has become ready, or has ended."""
         self.state: State = "starting"
         self.ready: Ready | None = None
         self.load = Load()
@@ -65,7 +64,7 @@ class Engine:
         """Start the process and wait until it is ready. Raises EngineLost with its last words."""
         self._keeper = asyncio.create_task(self._keep())
         try:
-            await asyncio.wait_for(self._until(lambda: self.state in ("ready", "restarting")), timeout_s)
+            await asyncio.wait_for(self._settled.wait(), timeout_s)
         except TimeoutError as error:
             await self.close()
             raise EngineLost(f"the engine was not ready within {timeout_s:g} s; see {self._log}") from error
@@ -75,20 +74,15 @@ class Engine:
 
     async def close(self) -> None:
         """End the process; what it was answering is lost."""
-        await self._become("closed")
+        self._become("closed")
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
 
-    async def _until(self, reached: Callable[[], bool]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(reached)
-
-    async def _become(self, state: State) -> None:
-        async with self._changed:
-            self.state = state
-            self._changed.notify_all()
+    def _become(self, state: State) -> None:
+        self.state = state
+        self._settled.set()
 
     async def _keep(self) -> None:
         """Run one process after the other, with longer and longer pauses while they do not last."""
@@ -97,7 +91,7 @@ class Engine:
             begin = time.monotonic()
             await self._run()
             self._lose_all()
-            await self._become("restarting")
+            self._become("restarting")
             pause_s = self._first_pause_s if time.monotonic() - begin > _STEADY_S else pause_s
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -116,17 +110,15 @@ class Engine:
                 stderr=log,
             )
         self.pid, self.slower = process.pid, 0.0
-        reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
-        self._writer = writer
+        loop = asyncio.get_running_loop()
+        pipe, lines = await loop.create_connection(lambda: _Lines(self._take), sock=ours)
+        self._pipe = pipe
         try:
-            writer.write(self._options.model_dump_json().encode() + b"\n")
-            async for line in reader:
-                await self._take(Report.model_validate_json(line))
-        except ConnectionError:
-            pass  # it died in the middle of a word
+            pipe.write(self._options.model_dump_json().encode() + b"\n")
+            await lines.ended.wait()
         finally:
-            self._writer = None
-            writer.close()
+            self._pipe = None
+            pipe.close()
             if process.returncode is None:
                 # Not process.kill(): it may reap the child before the loop does, and its exit code is lost.
                 with contextlib.suppress(ProcessLookupError):
@@ -134,10 +126,11 @@ class Engine:
             code = await process.wait()
             self.last_words = f"the engine ended with {_exit_words(code)}: {self._last_line()}"
 
-    async def _take(self, report: Report) -> None:
+    def _take(self, line: bytes) -> None:
+        report = Report.model_validate_json(line)
         if report.ready is not None:
             self.ready = report.ready
-            await self._become("ready")
+            self._become("ready")
         if report.load is not None:
             self.load = report.load
         for token in report.tokens:
@@ -163,7 +156,7 @@ class Engine:
 
         Leaving the iterator early cancels the generation and frees its slot.
         """
-        if self.state != "ready" or self._writer is None:
+        if self.state != "ready" or self._pipe is None:
             raise EngineLost("the engine is being started again")
         queue = self._answers[generation.id] = asyncio.Queue()
         ended = False
@@ -185,14 +178,31 @@ class Engine:
 
     def slow_down(self, share: float) -> None:
         """Let each call of the model take that share longer while this process lives. Raises EngineLost."""
-        if self.state != "ready" or self._writer is None:
+        if self.state != "ready":
             raise EngineLost("the engine is being started again")
         self._send(Command(slower=share))
         self.slower = share
 
     def _send(self, command: Command) -> None:
-        if self._writer is not None:
-            self._writer.write(command.model_dump_json(exclude_defaults=True).encode() + b"\n")
+        if self._pipe is not None:
+            self._pipe.write(command.model_dump_json(exclude_defaults=True).encode() + b"\n")
+
+
+class _Lines(asyncio.Protocol):
+    """What the process says, a line at a time, without a task between that would wake for every token."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+        self._rest = b""
+        self.ended = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        for line in whole:
+            self._take(line)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
 
 
 def _exit_words(code: int) -> str:

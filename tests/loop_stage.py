@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -282,19 +283,16 @@ def staged(checkpoint: Path, exact: Path, ledger: Path) -> Iterator[Stage]:
     shelf = _shelf(settings, checkpoint, exact)
     shelf.register(NAME, 1)
     options = ("--name", NAME, "--max-tokens", "200", "--slo-e2e", f"{SLO_MS}ms", "--threads", "1")
-    try:
-        starting = threading.Thread(target=_up)
-        starting.start()
-        with endpoint(Path(f"models:/{NAME}@champion"), settings.home, *options) as server:
-            starting.join()
-            _monitor(settings, server, checkpoint)
-            yield Stage(settings, server, shelf)
-    finally:
-        _stack("down")
-
-
-def _up() -> None:
-    _stack("up")
+    with ThreadPoolExecutor(1) as aside:
+        up = aside.submit(_stack, "up")
+        try:
+            with endpoint(Path(f"models:/{NAME}@champion"), settings.home, *options) as server:
+                up.result()
+                _monitor(settings, server, checkpoint)
+                yield Stage(settings, server, shelf)
+        finally:
+            wait([up])
+            _stack("down")
 
 
 def _stack(*arguments: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
-
 from open_autoglm.monitoring.diagnosis import ask_admin, find_served
 from open_autoglm.monitoring.windows import NoWindow
 
@@ -18,6 +16,8 @@ def renew_engine(home: Path, digest: str) -> str:
 
     Returns what came of it, as a sentence.
     """
+    import httpx
+
     served = find_served(home, digest)
     if isinstance(served, NoWindow):
         return f"Its engine was not started anew: {served.reason}."

@@ -33,7 +33,7 @@ from open_autoglm.cli.main import cli
 from open_autoglm.hardware import probe_hardware
 from open_autoglm.hardware_bench import Peaks
 from open_autoglm.monitoring.watch_store import WatchStore
-from open_autoglm.schemas import Event, Judgement
+from open_autoglm.schemas import Event, Judgement, OptimizeSpec
 from open_autoglm.settings import Settings
 from open_autoglm.tracking import Tracker
 
@@ -42,9 +42,9 @@ _LOG.setLevel(logging.INFO)
 
 NAME = "tiny"
 SLO_MS = 150
-WINDOW_S = 6.0
-OUTPUT_TOKENS = 6
-PAUSE_S = 1.0
+WINDOW_S = 10.0
+PROMPT_TOKENS, OUTPUT_TOKENS = 14, 6
+PAUSE_S = 0.7
 MOST_LOOKS = 20
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PATIENCE_S = 600
@@ -55,7 +55,7 @@ service: {name}
 endpoint: {endpoint}
 prometheus: {prometheus}
 slo: {{e2e_p95: {slo}ms}}
-judge: {{window: {window:g}s, min_requests: 2, confirm_windows: 2, probe: 3s, cool_down: {window:g}s}}
+judge: {{window: {window:g}s, min_requests: 4, confirm_windows: 2, probe: 5s, cool_down: {window:g}s}}
 action: {{canary_weight: 30, shadow_weight: 100}}
 optimize:
   model_path: {model}
@@ -320,7 +320,8 @@ def _monitor(settings: Settings, server: Endpoint, checkpoint: Path) -> None:
 def _shelf(settings: Settings, checkpoint: Path, exact: Path) -> Shelf:
     from mlflow import MlflowClient
 
-    study = openable_study(checkpoint)
+    asked = OptimizeSpec(model_path=str(checkpoint), prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)
+    study = openable_study(checkpoint, spec=asked)
     champion = build_bundle(study, study.trial(study.champion or ""), settings.home / "made" / "bundle")
     bad = altered(exact, settings.home / "mixed-up" / "bundle", with_other_weights)
     tracker = Tracker(settings.mlflow_uri, settings.mlflow_artifacts)

@@ -8,7 +8,7 @@ from open_autoglm.monitoring.answer import is_curable
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
 from open_autoglm.schemas import Judgement
 from open_autoglm.settings import Settings
-from tasks.monitor import find_cause, judge_now, learn_good_times, record, start_reoptimization
+from tasks.monitor import find_cause, judge_now, learn_good_times, record, settle, start_reoptimization
 
 
 @flow(name="regression", flow_run_name="regression-{config}")
@@ -17,15 +17,16 @@ def regression(config: str) -> Judgement:
     infra/watch/demo-glm.yaml.
 
     A breach is acted on when it is confirmed and nothing was done lately: its cause is found first. A slower
-    engine or another traffic mix is a reason to optimise again; more callers or a busy host are told.
+    engine or another traffic mix is a reason to optimise again; more callers or a busy host are told. What a
+    run could not do, or was killed before, the next one does.
     """
     watch = read_watch_spec(watch_file(config, Settings().home))
     judgement = judge_now(watch)
     if judgement.act:
         cause = find_cause(watch, judgement)
         judgement = judgement.model_copy(update={"cause": cause})
-        if is_curable(cause):
-            start_reoptimization(watch, judgement, cause)
+        problem = start_reoptimization(watch, judgement, cause) if is_curable(cause) else None
+        judgement = settle(watch, judgement, problem)
     learn_good_times(watch, judgement)
     record(judgement, watch)
     return judgement

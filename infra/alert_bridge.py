@@ -120,7 +120,7 @@ async def _tell(client: httpx.AsyncClient, url: str, events: list[dict[str, Any]
     try:
         response = await client.post(url, json=events)
     except httpx.HTTPError as error:
-        return f"Prefect does not answer at {url}: {error or type(error).__name__}"
+        return f"Prefect does not answer at {url}: {str(error) or type(error).__name__}"
     if response.is_success:
         return None
     return f"Prefect refused the events with status {response.status_code}: {response.text[:200]}"

@@ -86,6 +86,8 @@ def environment(settings: Settings) -> Mapping[str, str]:
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_API_URL": f"{settings.prefect_url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # On disk: a server that is started again would else forget who holds the device, and end the study.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": LOGGER,  # progress lines are shown among a run's logs
         # Studies write to this database and these files themselves; the server shows them.

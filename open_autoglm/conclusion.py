@@ -12,7 +12,7 @@ from open_autoglm.bundle import build_bundle
 from open_autoglm.capsule import with_capsule
 from open_autoglm.export.routes import library_versions
 from open_autoglm.figures import comparisons_figure, latency_figure, pareto_figure, samples_figure
-from open_autoglm.files import write_atomic
+from open_autoglm.files import room_for, write_atomic
 from open_autoglm.measure.racing import BUDGET_HEATS
 from open_autoglm.objectives import final_of
 from open_autoglm.quality.gates import check_results
@@ -134,25 +134,34 @@ def deliver(study: Study, golden: Sequence[GoldenPrompt], tracker: Tracker, pare
     """Bundle and register the champion, write report and figures, log everything, store the study.
 
     The bundle takes the champion's ``golden`` prompts along. In a tie nothing is registered: what was
-    registered stays. Repeating it after a crash ends in the same
-    state.
+    registered stays. Repeating it after a crash ends in the same state. Raises UserError if a disk becomes
+    full: the champion's alias then names what it did, or the winner if that is whole.
     """
+    with room_for(f"the study in {study.output_dir} was bundled and registered"):
+        study = _registered(study, golden, tracker, parent_run_id)
+        _log_all(study, tracker, parent_run_id)
+        save_study(study)
+    return study
+
+
+def _registered(study: Study, golden: Sequence[GoldenPrompt], tracker: Tracker, parent_run_id: str) -> Study:
+    """With its bundle, if there is a winner, and where it went."""
+    if study.champion is None or study.verdict.kind != "champion":
+        return study.model_copy(update={"registration": tracker.location(parent_run_id)})
+    bundle = build_bundle(study, study.trial(study.champion), study.output_dir / "bundle", golden)
+    study = study.model_copy(update={"bundle": bundle})
+    registration = tracker.register_champion(study, bundle, parent_run_id)
+    return study.model_copy(update={"registration": registration})
+
+
+def _log_all(study: Study, tracker: Tracker, parent_run_id: str) -> None:
     root = study.output_dir
-    if study.champion is not None and study.verdict.kind == "champion":
-        bundle = build_bundle(study, study.trial(study.champion), root / "bundle", golden)
-        study = study.model_copy(update={"bundle": bundle})
-        registration = tracker.register_champion(study, bundle, parent_run_id)
-    else:
-        registration = tracker.location(parent_run_id)
-    study = study.model_copy(update={"registration": registration})
     for trial in study.trials:
         tracker.log_trial(parent_run_id, trial, files_of(root, trial))
     figures = [_write_figure(root, name, study) for name in FIGURES]
     report = write_report(study, root / "report.html")
     data_docs = [root / "data-docs"] if (root / "data-docs").is_dir() else []
     tracker.finish_study(parent_run_id, study, [report, *figures, *data_docs])
-    save_study(study)
-    return study
 
 
 def files_of(root: Path, trial: Trial) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from open_autoglm.errors import UserError
 from open_autoglm.schemas import FileDigest
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, data: str | bytes, *, mode: int = 0o644) -> None:
@@ -43,6 +47,25 @@ def directory_atomic(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def room_for(doing: str) -> Iterator[None]:
+    """A disk that becomes full inside is a UserError; what it has been written for can be done again."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        named = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"the disk became full while {doing}{named}: make room there, then do the same again"
+        ) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Also where a tree was copied, whose errors are only quoted."""
+    return error.errno in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 def sha256_file(path: Path) -> str:

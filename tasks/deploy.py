@@ -20,7 +20,7 @@ from open_autoglm.progress import announce
 from open_autoglm.schemas import OptimizeSpec, Outcome, Reoptimization, Rung, Study
 from open_autoglm.settings import Settings
 from open_autoglm.study import load_study
-from tasks.register import tracker
+from tasks.register import PATIENCE_S, may_help, tracker
 
 _APPROVAL_S = 24 * 3600
 
@@ -32,11 +32,11 @@ class Approval(RunInput):
     remark: str = ""
 
 
-@task
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
 def run_study(rung: Rung, spec: OptimizeSpec) -> Study:
     """One rung of the ladder, as a run of the deployment `optimize`: it waits its turn for the device.
 
-    Raises StudyError if the run did not end well.
+    A retry, after Prefect's server was away, waits for the same run. Raises StudyError if it ended badly.
     """
     output = Settings().studies / f"reoptimize-{flow_run.get_id()}-{rung}"
     asked = spec.model_copy(update={"output": str(output)})
@@ -56,7 +56,7 @@ def run_study(rung: Rung, spec: OptimizeSpec) -> Study:
     return load_study(output)
 
 
-@task(retries=2, retry_delay_seconds=[1, 5])
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
 def decide(studies: list[Study]) -> Outcome:
     """What the climb comes to, beside whoever is champion by now."""
     last = studies[-1]
@@ -88,7 +88,7 @@ def _declined(outcome: Outcome, why: str) -> Outcome:
     return outcome.model_copy(update={"kind": "declined", "told": told, "challenger": None})
 
 
-@task(retries=2, retry_delay_seconds=[1, 5])
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
 def challenge(outcome: Outcome, request: Reoptimization) -> None:
     """Give the winner its share: the endpoint tries it, and its judge promotes it or takes it away.
 
@@ -109,7 +109,7 @@ def challenge(outcome: Outcome, request: Reoptimization) -> None:
     )
 
 
-@task
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
 def renew(outcome: Outcome) -> Outcome:
     """Start the engine of the champion anew where it is served here; the outcome, with what came of that."""
     champion = outcome.champion and tracker().version(outcome.model_name, outcome.champion)

@@ -11,7 +11,8 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
-from open_autoglm.monitoring.answer import once_key, reoptimization
+from open_autoglm.errors import UserError
+from open_autoglm.monitoring.answer import is_final, once_key, reoptimization
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
 from open_autoglm.monitoring.picture import watch_figure
@@ -19,10 +20,9 @@ from open_autoglm.monitoring.sources import fetch
 from open_autoglm.monitoring.watch import look
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.progress import announce
-from open_autoglm.schemas import Cause, Judgement
+from open_autoglm.schemas import Cause, Judgement, Reoptimization
+from open_autoglm.serving.source import connect
 from open_autoglm.settings import Settings
-from open_autoglm.tracking import Unreachable
-from tasks.register import tracker
 
 _SHOWN_WINDOWS = 96
 
@@ -55,32 +55,52 @@ def learn_good_times(watch: WatchSpec, judgement: Judgement) -> None:
         announce(f"no probe of good times yet: {problem}")
 
 
-@task(retries=2, retry_delay_seconds=[1, 5])
-def start_reoptimization(watch: WatchSpec, judgement: Judgement, cause: Cause) -> str:
-    """Begin the deployment `reoptimize`, once an hour for a model however many ask; the run's name."""
+def start_reoptimization(watch: WatchSpec, judgement: Judgement, cause: Cause) -> str | None:
+    """Begin the deployment `reoptimize`, once an hour for a model however many ask; why not, in words."""
     if judgement.window is None:
         raise ValueError("a breach without a window has no workload to optimise for")
     request = reoptimization(watch, judgement.window, cause, judgement.at)
+    begun = begin_run(watch.service, request, judgement.due or judgement.at, return_state=True)
+    if begun.is_completed():
+        return None
+    return f"`reoptimize` could not be started: {(begun.message or begun.name or '').splitlines()[0]}"
+
+
+@task(retries=2, retry_delay_seconds=[1, 5])
+def begin_run(service: str, request: Reoptimization, due: datetime) -> str:
+    """The run's name; the same run for whoever asks in the hour of ``due``."""
     run = cast(
         FlowRun,
         run_deployment(
             "reoptimize/reoptimize",
             parameters={"request": request.model_dump(mode="json")},
             timeout=0,
-            idempotency_key=once_key(watch.service, judgement.at),
-            tags=["watch", watch.service],
+            idempotency_key=once_key(service, due),
+            tags=["watch", service],
         ),
     )
-    announce(f"{watch.service} is optimised again: {run.name}")
+    announce(f"{service} is optimised again: {run.name}")
     return run.name
+
+
+def settle(watch: WatchSpec, judgement: Judgement, problem: str | None) -> Judgement:
+    """What was to be done is done, unless there was a ``problem`` or its cause could not be looked for: then
+    it stays due, and the judgement says so."""
+    if problem is None and judgement.cause is not None and not is_final(judgement.cause):
+        problem = "its cause could not be looked for"
+    told = f"{problem}; the next look tries again" if problem else store_of(watch).answered()
+    if told is None:
+        return judgement
+    announce(told)
+    return judgement.model_copy(update={"reasons": (*judgement.reasons, told)})
 
 
 def record(judgement: Judgement, watch: WatchSpec) -> None:
     """Show the judgement in Prefect and MLflow; an MLflow that is away is no reason not to judge."""
     _publish(judgement, watch)
     try:
-        tracker().log_judgement(judgement)
-    except Unreachable as error:
+        connect(Settings()).log_judgement(judgement)
+    except UserError as error:
         announce(f"the judgement is not in MLflow: {error}")
 
 

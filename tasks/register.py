@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from prefect import task
+from prefect import Task, task
+from prefect.client.schemas.objects import State, TaskRun
 
 from open_autoglm import search
 from open_autoglm.conclusion import Standings, conclude, deliver
+from open_autoglm.errors import UserError
 from open_autoglm.incumbent import find_incumbent
 from open_autoglm.measure.isolation import Failure
 from open_autoglm.measure.lease import preparing
@@ -17,10 +20,19 @@ from open_autoglm.progress import announce
 from open_autoglm.schemas import Analysis, OptimizeSpec, Study, Trial
 from open_autoglm.settings import Settings
 from open_autoglm.study import StudyRef
-from open_autoglm.tracking import Tracker, registered_name
+from open_autoglm.tracking import Tracker, UnderWay, Unreachable, registered_name
 from open_autoglm.trials import Bench, golden_of, screen_trial
 from tasks.artifacts import publish
 from tasks.progress import unit_done
+
+PATIENCE_S = (1.0, 5.0, 60.0)
+"""Before each retry: a registry that is started again, and a move of aliases whose writer was killed, need no
+longer."""
+
+
+def may_help(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
+    """Whether the same again may go well: a request that is wrong, or a full disk, stays so."""
+    return not isinstance(state.data, UserError) or isinstance(state.data, Unreachable | UnderWay)
 
 
 def tracker() -> Tracker:
@@ -52,7 +64,7 @@ def admit_incumbent(
     return Standings(trials=tuple(seen), incumbent=incumbent, search=lessons)
 
 
-@task(retries=2, retry_delay_seconds=[1, 5])
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
 def register(bench: Bench, analysis: Analysis, standings: Standings, mlflow_run_id: str) -> Study:
     """Choose, gate, bundle, register, report. Idempotent, so a retry does no harm."""
     with preparing():
@@ -72,5 +84,8 @@ def recorded(mlflow_run_id: str) -> Iterator[str]:
     try:
         yield mlflow_run_id
     except BaseException as error:
-        tracker().mark_failed(mlflow_run_id, f"{type(error).__name__}: {error}")
+        try:
+            tracker().mark_failed(mlflow_run_id, f"{type(error).__name__}: {error}")
+        except UserError as away:
+            announce(f"the study's run in MLflow is left open: {away}")
         raise

@@ -174,9 +174,11 @@ HEAVY_BY_NATURE = {
     "open_autoglm/monitoring/prometheus.py": {"httpx"},
     "open_autoglm/pyfunc_model.py": {"mlflow", "pandas"},  # MLflow itself runs this file
     "open_autoglm/serving/admin.py": {"fastapi"},
-    "open_autoglm/serving/api.py": {"fastapi", "orjson", "starlette"},  # a server needs them from the start
+    "open_autoglm/serving/api.py": {"fastapi", "starlette"},  # a server needs them from the start
     "open_autoglm/serving/asgi.py": {"orjson"},
-    "open_autoglm/serving/connection.py": {"h11", "uvicorn"},
+    "open_autoglm/serving/connection.py": {"uvicorn"},
+    "open_autoglm/serving/failures.py": {"orjson", "starlette"},
+    "open_autoglm/serving/inference.py": {"orjson", "starlette"},
     "open_autoglm/serving/local.py": {"psutil"},
     "open_autoglm/serving/metrics.py": {"prometheus_client"},
     "open_autoglm/serving/server.py": {"prometheus_client", "uvicorn"},
@@ -240,7 +242,6 @@ BROUGHT_BY = {
     "pydantic_core": "pydantic",
     "markupsafe": "jinja2",
     "starlette": "fastapi",
-    "h11": "uvicorn",
 }
 """Parts of another library's interface, of the version that library chooses."""
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from open_autoglm.serving.connection import Gathered
+from open_autoglm.serving.connection import WithHead
 
 
 class Recorded(asyncio.Transport):
@@ -24,53 +24,55 @@ class Recorded(asyncio.Transport):
         self.ended = "aborted"
 
 
-def after(act: Callable[[Gathered], None]) -> Recorded:
+def after(act: Callable[[WithHead], None]) -> Recorded:
     """What a transport has got one turn of the loop after ``act``."""
     below = Recorded()
 
     async def run() -> None:
-        act(Gathered(below, asyncio.get_running_loop()))
+        act(WithHead(below, asyncio.get_running_loop()))
         await asyncio.sleep(0)
 
     asyncio.run(run())
     return below
 
 
-def test_writes_of_one_turn_leave_together() -> None:
-    def act(gathered: Gathered) -> None:
-        gathered.write(b"head ")
-        gathered.write(b"event")
-
-    assert after(act).written == [b"head event"]
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
-def test_writes_of_two_turns_leave_apart() -> None:
-    below = Recorded()
+def test_a_head_leaves_with_the_beginning_of_its_body() -> None:
+    def act(transport: WithHead) -> None:
+        for data in (HEAD, b"first", b"second"):
+            transport.write(data)
 
-    async def run() -> None:
-        gathered = Gathered(below, asyncio.get_running_loop())
-        for word in (b"one", b"two"):
-            gathered.write(word)
-            await asyncio.sleep(0)
-
-    asyncio.run(run())
-    assert below.written == [b"one", b"two"]
+    assert after(act).written == [HEAD + b"first", b"second"]
 
 
-def test_closing_sends_what_was_written_and_nothing_twice() -> None:
-    def act(gathered: Gathered) -> None:
-        gathered.write(b"last words")
-        gathered.close()
+def test_a_head_without_a_body_does_not_wait_for_ever() -> None:
+    assert after(lambda transport: transport.write(HEAD)).written == [HEAD]
+
+
+def test_two_answers_keep_their_order() -> None:
+    def act(transport: WithHead) -> None:
+        transport.write(HEAD)
+        transport.write(HEAD + b"the next one's")
+
+    assert after(act).written == [HEAD + HEAD + b"the next one's"]
+
+
+def test_closing_sends_the_head() -> None:
+    def act(transport: WithHead) -> None:
+        transport.write(HEAD)
+        transport.close()
 
     below = after(act)
-    assert below.written == [b"last words"]
+    assert below.written == [HEAD]
     assert below.ended == "closed"
 
 
 def test_aborting_sends_nothing() -> None:
-    def act(gathered: Gathered) -> None:
-        gathered.write(b"never")
-        gathered.abort()
+    def act(transport: WithHead) -> None:
+        transport.write(HEAD)
+        transport.abort()
 
     below = after(act)
     assert below.written == []

@@ -119,6 +119,16 @@ def test_each_family_is_exported_by_its_route_and_equals_torch(
     for position in range(20, 24):
         found = session.decode(TOKENS[:, position])
         np.testing.assert_allclose(found, expected[:, position], atol=1e-3)
+    if route == GENAI:
+        assert attention_scales(tmp_path) == {1.0}, "the queries' weights carry the scale"
+
+
+def attention_scales(directory: Path) -> set[float]:
+    import onnx
+
+    nodes = onnx.load(directory / GRAPH, load_external_data=False).graph.node
+    attributes = [node.attribute for node in nodes if node.op_type == "GroupQueryAttention"]
+    return {attribute.f for found in attributes for attribute in found if attribute.name == "scale"}
 
 
 def test_an_export_is_one_graph_that_gives_the_logits_asked_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -96,8 +97,8 @@ def test_everything_that_a_window_has_is_counted() -> None:
     one.at(0)
     answer(metrics, 2)
     request = metrics.request(prompt_tokens=30)
-    request.token(cached_tokens=20)
-    request.token(cached_tokens=0)
+    request.token(cached_tokens=20, now=time.monotonic())
+    request.token(cached_tokens=0, now=time.monotonic())
     request.finished("length")
     metrics.request(4).failed()
     metrics.request(4).not_finite()

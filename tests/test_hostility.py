@@ -12,7 +12,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,18 @@ def well_in_the_end(served: Endpoint) -> Iterator[None]:
 
 
 def wait_until_idle(http: httpx.Client) -> None:
+    _wait_for(http, lambda running, waiting: running == waiting == 0)
+
+
+def wait_until_running(http: httpx.Client) -> None:
+    _wait_for(http, lambda running, _waiting: running > 0)
+
+
+def _wait_for(http: httpx.Client, reached: Callable[[float, float], bool]) -> None:
     deadline = time.monotonic() + 20
     while True:
         text = http.get("/metrics").text
-        if metric(text, "vllm:num_requests_running") == metric(text, "vllm:num_requests_waiting") == 0:
+        if reached(metric(text, "vllm:num_requests_running"), metric(text, "vllm:num_requests_waiting")):
             return
         assert time.monotonic() < deadline, text
         time.sleep(0.02)
@@ -164,6 +172,7 @@ def test_who_does_not_read_is_left(served: Endpoint, http: httpx.Client, stream:
     body = {**LONG, "stream": stream, "logprobs": 20, "n": 2}
     with connect(served, keeps_bytes=1 << 12) as deaf:
         deaf.sendall(message(body, more="X-Request-Id: deaf\r\n"))
+        wait_until_running(http)
         wait_until_idle(http)
         time.sleep(PATIENCE.write_s + 1)
         answer = until_closed(deaf)
@@ -235,7 +244,7 @@ PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/models", f"/v1/models/{
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/metrics", "/nowhere", "/"])
-@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "BREW"])
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "LINK"])
 def test_a_method_that_is_not_there_is_told(http: httpx.Client, method: str, path: str) -> None:
     """In OpenAI's shape, with those that are; of HEAD only the headers."""
     response = http.request(method, path)
@@ -266,9 +275,42 @@ NO_HTTP = {
     "no length": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: many\r\n\r\n",
     "an endless length": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
     "endless headers": b"GET / HTTP/1.1\r\n" + b"X-Pad: 1\r\n" * 10_000,
+    "no method": b"BREW /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "no host": b"GET /v1/models HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: elsewhere\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "an endless header": b"GET / HTTP/1.1\r\nX-Pad: " + b"1" * 100_000,
+    "endless trailers": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X-Pad: 1\r\n" * 10_000,
     "bad chunks": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
 }
+
+
+def test_what_is_no_http_spoils_no_request_before_it(served: Endpoint) -> None:
+    with connect(served) as odd:
+        odd.sendall(message(BODY) + b"\x16\x03\x01")
+        answer = until_closed(odd)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_an_offer_to_speak_something_newer_is_not_taken(served: Endpoint) -> None:
+    """As Java's HttpClient makes it with every request."""
+    offer = "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    with connect(served) as java:
+        java.sendall(message(BODY, more=offer))
+        assert until_closed(java).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_http_1_0_is_answered_without_chunks(served: Endpoint, stream: bool) -> None:
+    """As nginx asks unless told otherwise."""
+    with connect(served) as old:
+        old.sendall(message({**BODY, "stream": stream}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = until_closed(old).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body.endswith(b"data: [DONE]\n\n") if stream else json.loads(body)["usage"]
 
 
 @pytest.mark.parametrize("name", NO_HTTP)

@@ -47,7 +47,7 @@ def answered(metrics: Metrics, clock: Clock, *steps_s: float, slot_s: float = 0.
     times.slot(clock.now + slot_s)
     for step_s in steps_s:
         clock.now += step_s
-        times.token(0)
+        times.token(0, clock.now)
     times.finished("length")
     return times
 
@@ -74,7 +74,7 @@ def test_an_answer_that_was_given_up_has_no_decode_time(board: Board, metrics: M
     times = metrics.request(5)
     times.slot(clock.now)
     clock.now += 1
-    times.token(0)
+    times.token(0, clock.now)
     times.finished("abort")
     text = board.exposition().decode()
     counts = [metric(text, f"vllm:request_{name}_time_seconds_count") for name in PHASES]

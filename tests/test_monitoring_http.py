@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,6 +101,29 @@ def test_what_is_wrong_with_prometheus_is_told(name: str, monkeypatch: pytest.Mo
         assert time.monotonic() - began < 20
     assert told in found
     assert found.startswith(("Prometheus at ", "the clock of Prometheus at "))
+
+
+def test_headers_that_never_end_are_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each letter comes soon after the one before."""
+    monkeypatch.setattr(http, "TOTAL_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+                while not ended.wait(0.05):
+                    connection.sendall(b"a")
+
+        ended = threading.Event()
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            found = reason(Prometheus(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        finally:
+            ended.set()
+            thread.join()
+    assert found.endswith("had not answered after 1 s")
 
 
 def test_a_prometheus_that_is_down_is_told_without_its_password() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
+import socket
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 from bundles import openable_study
 from endpoints import endpoint
 from registries import MlflowServer, Shelf
+from small_disk import on_a_small_disk
 
 from open_autoglm.bundle import open_bundle
 from open_autoglm.errors import UserError
@@ -386,16 +386,6 @@ print([path.name for path in Path(root).iterdir() if path.is_dir()])
 """
 
 
-def on_a_small_disk(size: str, root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` where ``root`` is a disk of its own, in memory; skip if the kernel does not let us."""
-    mount = f"mount -t tmpfs -o size={size} none {root} && exec "
-    line = mount + '"$@"'
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"]).returncode:
-        pytest.skip("no disk can be mounted here without privileges")
-    return subprocess.run([*namespace, "sh", "-c", line, "sh", *command], capture_output=True, text=True)
-
-
 @pytest.mark.usefixtures("stocked")
 @pytest.mark.parametrize(("promised", "said"), [("", "left: make room there"), ("more", "became full while")])
 def test_a_full_disk_is_said_and_nothing_is_left(
@@ -437,21 +427,25 @@ def test_without_a_registry_the_last_good_version_is_served(
         find_source(f"models:/{name}@champion", nowhere)
 
 
+@pytest.mark.parametrize("hangs", [False, True])
 def test_an_endpoint_starts_without_a_registry_and_says_so(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
-    """It is ready, with a warning, and what answers now is noted again."""
-    name = shelf.register("lonely", 1)
+    """It is ready, with a warning, and what answers now is noted again; the registry is down, or hangs."""
+    name = shelf.register(f"lonely-{hangs}", 1)
     bundle = shelf.home / "models" / f"{name}-{shelf.bundles[0].digest[:8]}" / "artifacts" / "bundle"
     remember(tmp_path, name, "champion", "1", bundle)
     noted = tmp_path / "endpoints" / "last-good" / f"{name}@champion.json"
     before = noted.stat().st_mtime_ns
-    monkeypatch.setenv("AUTOGLM_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with endpoint(Path(f"models:/{name}@champion"), tmp_path) as server:
-        with urllib.request.urlopen(f"{server.url}/readyz") as answer:
-            told = json.load(answer)
-        assert any("warning: version 1 of lonely is served" in line for line in server.said)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        port = silent.getsockname()[1] if hangs else 9
+        monkeypatch.setenv("AUTOGLM_TRACKING_URI", f"http://127.0.0.1:{port}")
+        with endpoint(Path(f"models:/{name}@champion"), tmp_path) as server:
+            with urllib.request.urlopen(f"{server.url}/readyz") as answer:
+                told = json.load(answer)
+            assert any(f"warning: version 1 of {name} is served" in line for line in server.said)
     assert told["status"] == "ready"
-    assert re.match("version 1 of lonely (is served because|goes on).*MLflow at", told["warning"])
+    assert re.match(f"version 1 of {name} (is served because|goes on).*MLflow at", told["warning"])
     assert noted.stat().st_mtime_ns > before

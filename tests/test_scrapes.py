@@ -108,10 +108,22 @@ def young() -> Scraped:
     return one
 
 
+def stumbling() -> Scraped:
+    """Killed twice a minute, after three requests; every second scrape finds nobody."""
+    one = Scraped("stumbling", "s:1")
+    for life in range(30):
+        second = life * 30
+        one.at(second - 5, up=False)
+        one.start_again(second)
+        answer(one.champion("1"), 3)
+        one.at(second + 10)
+    return one
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus") / "kept"
-    samples = [line for one in (*changing(), gone(), young()) for line in one.samples]
+    samples = [line for one in (*changing(), gone(), young(), stumbling()) for line in one.samples]
     with prometheus(folder, store(folder, samples)) as url:
         yield Prometheus(url)
 
@@ -145,6 +157,16 @@ def test_a_young_endpoint_is_counted_from_its_start(source: Prometheus) -> None:
     assert isinstance(found, LatencyWindow), found
     assert (found.requests, found.restarts) == (5, 0)
     assert (found.begin.timestamp() - BEGIN_S, found.seconds) == (600, 290)
+
+
+def test_an_endpoint_that_restarts_often_is_counted(source: Prometheus) -> None:
+    """Each life from nothing, and how many there were; while it is down there is no window."""
+    found = look(source, "stumbling")
+    assert isinstance(found, LatencyWindow), found
+    assert (found.requests, found.output_tokens.count, found.restarts) == (90, 90, 29)
+    down = look(source, "stumbling", end=866)
+    assert isinstance(down, NoWindow)
+    assert "no endpoint of stumbling answers Prometheus: s:1 since" in down.reason
 
 
 def test_what_is_not_there_is_a_reason(source: Prometheus) -> None:

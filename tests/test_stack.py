@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import processes
 import psutil
 import pytest
@@ -144,6 +145,38 @@ def test_no_mlflow_server_if_studies_go_to_another_one(tmp_path: Path) -> None:
     """With AUTOGLM_TRACKING_URI at a server, none is started here."""
     elsewhere = Settings(home=tmp_path, tracking_uri="http://mlflow.example:5000")
     assert [service.name for service in stack.services(elsewhere)] == ["prefect", "worker"]
+
+
+def test_a_server_that_was_killed_knows_who_has_the_device(tmp_path: Path) -> None:
+    """Started again, it lets a study that runs go on, and a second one wait."""
+    settings = Settings(home=tmp_path / "home", prefect_port=free_port())
+    server, *_ = stack.services(settings)
+    kept = Processes(settings.home, REPOSITORY, stack.environment(settings))
+
+    def ask(path: str, body: dict[str, Any]) -> Any:
+        return stack.ask_prefect(settings, path, body)
+
+    def started(deployment: str) -> Any:
+        run = ask(f"deployments/{deployment}/create_flow_run", {})
+        return ask(f"flow_runs/{run['id']}/set_state", {"state": {"type": "PENDING"}})
+
+    try:
+        stack.bring_up(kept, [server])
+        flow = ask("flows/", {"name": "optimize"})["id"]
+        about = {"name": "optimize", "flow_id": flow, "concurrency_limit": 1}
+        deployment = ask("deployments/", about)["id"]
+        holder = started(deployment)["state"]["state_details"]["deployment_concurrency_lease_id"]
+        killed = kept.find(server)
+        assert killed is not None
+        os.killpg(killed.pid, signal.SIGKILL)
+        psutil.Process(killed.pid).wait(60)
+        stack.bring_up(kept, [server])
+        with httpx.Client(base_url=f"{settings.prefect_url}/api/v2", timeout=30) as api:
+            renewed = api.post(f"/concurrency_limits/leases/{holder}/renew", json={"lease_duration": 300})
+            assert renewed.status_code == 204, renewed.text
+        assert started(deployment)["status"] == "REJECT"
+    finally:
+        kept.stop(server)
 
 
 def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:

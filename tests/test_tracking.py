@@ -342,6 +342,15 @@ def test_address_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
         Tracker("redis://host", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://[::1", "http://host:port", "https://:5000", "http://user:pw@host:70000"]
+)
+def test_an_address_without_a_place_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no address of an MLflow server: give one like") as caught:
+        Tracker(uri, tmp_path)
+    assert "pw" not in str(caught.value)
+
+
 def test_deleted_experiment_is_explained(tracker: Tracker, client: Any) -> None:
     """An experiment thrown away in the UI is not revived silently; the sentence says how to."""
     begin(tracker, "deleted")

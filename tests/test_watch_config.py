@@ -75,6 +75,42 @@ def test_a_mistake_is_told_with_its_line(tmp_path: Path, old: str, new: str, whe
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("localhost:9090", "string should match pattern"),
+        ("http://[::1", "invalid port: ':1'"),
+        ("http://host:port", "invalid port: 'port'"),
+        ("http://host:99999", "there is no port 99999"),
+        ("http://:9090", "it names no host"),
+        ("http://prometheus..local:9090", "it names no host"),
+        ("http://host:9090/graph?g0.expr=up", "it has a query or a fragment"),
+        ("http://user:secret@host:0", "there is no port 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prometheus", "endpoint"])
+def test_an_address_that_nobody_can_be_asked_at_is_told(
+    tmp_path: Path, name: str, address: str, said: str
+) -> None:
+    """Where it is written, before anything is asked, and without its password."""
+    line = "endpoint: http://127.0.0.1:8000"
+    wrong = f'{line}\nprometheus: "{address}"' if name == "prometheus" else f'endpoint: "{address}"'
+    path = edited(tmp_path, line, wrong)
+    with pytest.raises(UserError) as caught:
+        read_watch_spec(path)
+    told = str(caught.value)
+    assert told.startswith(f"{path}:{line_of(path, address)}: `{name}`: {said}")
+    assert "\n" not in told
+    assert "secret" not in told
+
+
+def test_addresses_are_taken_as_they_are(tmp_path: Path) -> None:
+    line = "endpoint: http://127.0.0.1:8000"
+    for address in ("http://user:p@ss@host:9090/prometheus/", "https://[::1]:9090", "http://prometheus"):
+        path = edited(tmp_path, line, f'{line}\nprometheus: "{address}"')
+        assert read_watch_spec(path).prometheus == address
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     path = edited(tmp_path, "ttft_p95: 2s", "ttft_p59: 2s\n  error_rate: 1")
     with pytest.raises(UserError) as caught:

@@ -205,9 +205,11 @@ def _run_flow(spec: OptimizeSpec, settings: Settings) -> Study:
             running.enter_context(prefect_server(settings))
             from flows.optimize import optimize
 
-        study: Study = optimize(spec)
-        for handler in logging.getLogger(LOGGER).handlers:
-            handler.flush()  # Prefect's sends in batches, and its server ends with this block
+        try:
+            study: Study = optimize(spec)
+        finally:
+            for handler in logging.getLogger(LOGGER).handlers:
+                handler.flush()  # Prefect's sends in batches, and its server ends with this block
     return study
 
 

@@ -17,6 +17,11 @@ def is_curable(cause: Cause) -> bool:
     return cause.kind in CURABLE
 
 
+def is_final(cause: Cause) -> bool:
+    """Whether asking again tells no more: an endpoint that was just starting may answer the next time."""
+    return cause.kind != "unknown" or bool(cause.evidence)
+
+
 def reoptimization(spec: WatchSpec, window: LatencyWindow, cause: Cause, now: datetime) -> Reoptimization:
     """The request that is made anew, with what callers ask for now."""
     return Reoptimization(

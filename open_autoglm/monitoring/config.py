@@ -18,6 +18,7 @@ from open_autoglm.monitoring.shift import ShiftPolicy
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.ladder import Rung
 from open_autoglm.schemas.request import OptimizeSpec
+from open_autoglm.schemas.study import without_password
 from open_autoglm.schemas.watch import Slo
 from open_autoglm.units import Duration
 
@@ -96,6 +97,13 @@ class WatchSpec(Model):
     action: ActionSpec = ActionSpec()
     optimize: OptimizeSpec = Field(description="the request that is made anew on a breach")
 
+    @field_validator("endpoint", "prometheus")
+    @classmethod
+    def _can_be_asked(cls, address: str | None) -> str | None:
+        if address is not None and (problem := _problem_of(address)) is not None:
+            raise ValueError(f"{problem}: write an address like http://127.0.0.1:9090")
+        return address
+
     @model_validator(mode="after")
     def _acts_within_its_means(self) -> Self:
         if self.judge.cool_down.ms < self.judge.window.ms:
@@ -115,6 +123,24 @@ class WatchSpec(Model):
             shift=ShiftPolicy(confirm=self.judge.confirm_windows),
             cool_down_s=self.judge.cool_down.ms / 1000,
         )
+
+
+def _problem_of(address: str) -> str | None:
+    """Why nobody can be asked there, in words."""
+    import httpx
+
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL as error:
+        return str(error)
+    host = url.host
+    if not host or host.startswith(".") or ".." in host or "%" in host:
+        return "it names no host"
+    if url.port is not None and not 0 < url.port < 1 << 16:
+        return f"there is no port {url.port}"
+    if url.query or url.fragment:
+        return "it has a query or a fragment, and paths are added to it"
+    return None
 
 
 def watch_file(named: str, home: Path) -> Path:
@@ -222,4 +248,5 @@ def _words(error: Any) -> str:
         return f"`{name}` is missing: add it"
     if kind == "extra_forbidden":
         return f"`{name}` is not known: remove it, or mend its spelling"
-    return f"`{name}`: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
+    given = without_password(repr(error["input"]))
+    return f"`{name}`: {message[:1].lower()}{message[1:]} (got {given})"

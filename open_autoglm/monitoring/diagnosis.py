@@ -39,10 +39,11 @@ def find_served(home: Path, digest: str) -> Served | NoWindow:
     for here in local_endpoints(home):
         try:
             champion = ask_admin(here, "GET", "/admin/fleet", timeout_s=10).json()["champion"]
-        except (httpx.HTTPError, KeyError, ValueError):
-            continue  # another version's, or on its way out
+            served = Served(here, Path(champion["bundle"]))
+        except (httpx.HTTPError, OSError, KeyError, TypeError, ValueError):
+            continue  # another version's, or on its way out, or its certificate is gone
         if str(champion["bundle_digest"]).startswith(digest):
-            return Served(here, Path(champion["bundle"]))
+            return served
     return NoWindow(f"no endpoint of this user on this machine has bundle {digest} as its champion")
 
 
@@ -51,8 +52,9 @@ def take_probe(served: Served, seconds: float) -> EndpointProbe | NoWindow:
     try:
         response = ask_admin(served.here, "POST", "/admin/probe", {"seconds": seconds}, seconds + _SPARE_S)
         return EndpointProbe.model_validate_json(response.content)
-    except httpx.HTTPError as error:
-        return NoWindow(f"the endpoint at {served.here.url} could not be probed: {error}")
+    except (httpx.HTTPError, OSError) as error:
+        why = str(error) or type(error).__name__
+        return NoWindow(f"the endpoint at {served.here.url} could not be probed: {why}")
     except ValidationError as error:
         told = error.errors()[0]["msg"]
         return NoWindow(f"the endpoint at {served.here.url} answered with no probe: {told}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ssl
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -40,6 +42,31 @@ def ask(
     local: bool = False,
 ) -> Answer | NoWindow:
     """GET from ``who`` at ``url``, for at most ``TOTAL_S``. ``local``: through no proxy."""
+    answer: Future[Answer | NoWindow] = Future()
+
+    def get() -> None:
+        try:
+            answer.set_result(_get(who, url, parameters, headers, trusted, local))
+        except BaseException as error:
+            answer.set_exception(error)
+            raise
+
+    # In a thread, since httpx bounds each read and not all of them: headers may come letter by letter.
+    threading.Thread(target=get, daemon=True).start()
+    try:
+        return answer.result(CONNECT_S + TOTAL_S)
+    except TimeoutError:
+        return NoWindow(f"{who} had not answered after {TOTAL_S:g} s")
+
+
+def _get(
+    who: str,
+    url: str,
+    parameters: Mapping[str, str],
+    headers: Mapping[str, str] | None,
+    trusted: ssl.SSLContext | None,
+    local: bool,
+) -> Answer | NoWindow:
     asked_s, deadline = time.time(), time.monotonic() + TOTAL_S
     try:
         with (
@@ -62,7 +89,7 @@ def ask(
     except httpx.TimeoutException:
         return NoWindow(f"{who} did not answer in time")
     except httpx.HTTPError as error:
-        return NoWindow(f"{who} does not answer: {error or type(error).__name__}")
+        return NoWindow(f"{who} does not answer: {str(error) or type(error).__name__}")
     if response.status_code != 200:
         told = body.decode(errors="replace")[:200]
         return NoWindow(f"{who} answered with status {response.status_code}: {told}")

@@ -85,7 +85,11 @@ def judge(
     A baseline of another version is not compared with. The first window that is over its promise, and the
     first of each process with a baseline, import SciPy, about a second: call it in a thread.
     """
-    if (reason := _unfit(window, state, policy, now)) is not None:
+    if (reason := _unfit(window, policy, now)) is not None:
+        return _no_data(window, reason, now), state
+    if (reason := _other_clock(state, now)) is not None:
+        return _no_data(window, reason, now), _begun_anew(state, policy, now)
+    if (reason := _judged_before(window, state)) is not None:
         return _no_data(window, reason, now), state
     if (window.version, window.bundle_digest) != (state.version, state.bundle_digest):
         state = JudgeState(
@@ -108,7 +112,7 @@ def _is_of(baseline: Baseline | None, window: LatencyWindow) -> bool:
 # ── before anything is judged ────────────────────────────────────────────────────────────────────
 
 
-def _unfit(window: LatencyWindow, state: JudgeState, policy: Policy, now: datetime) -> str | None:
+def _unfit(window: LatencyWindow, policy: Policy, now: datetime) -> str | None:
     """Why the window is not looked at, in words."""
     if window.end <= window.begin:
         return "the window ends before it begins"
@@ -119,13 +123,31 @@ def _unfit(window: LatencyWindow, state: JudgeState, policy: Policy, now: dateti
         return f"the window ends {early_s:.0f} s from now: the clocks differ"
     if -early_s > _STALE_WINDOWS * policy.window_s:
         return f"the window ended {-early_s:.0f} s ago: it says nothing of now"
-    if state.judged_until is not None and _overlap_s(window, state.judged_until) > _OVERLAP * window.seconds:
-        return f"the window overlaps one that was judged: until {state.judged_until.isoformat()}"
     return None
 
 
-def _overlap_s(window: LatencyWindow, until: datetime) -> float:
-    return (until - window.begin).total_seconds()
+def _other_clock(state: JudgeState, now: datetime) -> str | None:
+    """Whether this host's clock was set back since the last look, in words."""
+    until = state.judged_until
+    if until is None or (ahead_s := (until - now).total_seconds()) <= _EARLY_S:
+        return None
+    return f"this host's clock was set back: it is {ahead_s:.0f} s before the last window's end; begun anew"
+
+
+def _begun_anew(state: JudgeState, policy: Policy, now: datetime) -> JudgeState:
+    """From now on: by which clock the moments before were told, nobody knows. A breach goes on."""
+    breach = state.breach and state.breach.model_copy(update={"since": min(state.breach.since, now)})
+    cool_until = _cool_until(state, policy, now)
+    changes = {"judged_until": now, "tracks": {}, "broken": {}, "breach": breach, "cool_until": cool_until}
+    return state.model_copy(update=changes)
+
+
+def _judged_before(window: LatencyWindow, state: JudgeState) -> str | None:
+    """That most of the window is new, or why it is not looked at."""
+    until = state.judged_until
+    if until is None or (until - window.begin).total_seconds() <= _OVERLAP * window.seconds:
+        return None
+    return f"the window overlaps one that was judged: until {until.isoformat()}"
 
 
 def _silent(window: LatencyWindow, policy: Policy) -> str | None:
@@ -147,7 +169,8 @@ def _silent(window: LatencyWindow, policy: Policy) -> str | None:
 
 
 def _no_data(window: LatencyWindow, reason: str, now: datetime) -> Judgement:
-    return Judgement(service=window.service, at=now, state="no_data", reasons=(reason,), window=window)
+    reasons = (reason, *_interruptions(window))
+    return Judgement(service=window.service, at=now, state="no_data", reasons=reasons, window=window)
 
 
 # ── one look ─────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +281,8 @@ def _decide(
     window: LatencyWindow, look: _Look, state: JudgeState, policy: Policy, now: datetime
 ) -> tuple[Judgement, JudgeState]:
     breach = _breach(look, state.breach, policy, now)
-    cooling = state.cool_until is not None and now < state.cool_until
+    cool_until = _cool_until(state, policy, now)
+    cooling = cool_until is not None and now < cool_until
     act = breach is not None and bool(look.alarms) and not cooling
     ended = state.breach is not None and breach is None
     judgement = Judgement(
@@ -266,7 +290,7 @@ def _decide(
         at=now,
         state="ok" if breach is None else "breached",
         act=act,
-        reasons=_reasons(look, breach, state.cool_until if cooling else None),
+        reasons=(*_reasons(look, breach, cool_until if cooling else None), *_interruptions(window)),
         window=window,
         figures=look.figures,
     )
@@ -275,9 +299,15 @@ def _decide(
             "tracks": {} if ended else look.tracks,
             "broken": look.broken,
             "breach": breach,
-            "cool_until": now + timedelta(seconds=policy.cool_down_s) if act else state.cool_until,
+            "cool_until": now + timedelta(seconds=policy.cool_down_s) if act else cool_until,
         }
     )
+
+
+def _cool_until(state: JudgeState, policy: Policy, now: datetime) -> datetime | None:
+    """No later than a whole cool-down from now: the clock, or the cool-down, may have been set since."""
+    latest = now + timedelta(seconds=policy.cool_down_s)
+    return state.cool_until and min(state.cool_until, latest)
 
 
 def _breach(look: _Look, before: Breach | None, policy: Policy, now: datetime) -> Breach | None:
@@ -301,3 +331,11 @@ def _reasons(look: _Look, breach: Breach | None, cool_until: datetime | None) ->
     if cool_until is not None:
         reasons.append(f"nothing is done before {cool_until.isoformat()}: the last act has to show first")
     return tuple(reasons)
+
+
+def _interruptions(window: LatencyWindow) -> tuple[str, ...]:
+    """What no counter shows: who was being answered meanwhile by a server that ended is not counted."""
+    if not window.restarts:
+        return ()
+    times = "once" if window.restarts == 1 else f"{window.restarts} times"
+    return (f"the engine or its server was started again {times} in the window",)

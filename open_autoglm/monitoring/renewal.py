@@ -25,6 +25,7 @@ def renew_engine(home: Path, digest: str) -> str:
         fleet = ask_admin(served.here, "POST", "/admin/renew", {}, _LOAD_S).json()
     except httpx.HTTPStatusError as error:
         return f"Its engine was not started anew: {error.response.json()['error']['message']}."
-    except httpx.HTTPError as error:
-        return f"Its engine was not started anew: {served.here.url} does not answer: {error}."
+    except (httpx.HTTPError, OSError) as error:
+        why = str(error) or type(error).__name__
+        return f"Its engine was not started anew: {served.here.url} does not answer: {why}."
     return f"Its engine was started anew: {fleet['events'][-1]['told']}."

@@ -6,6 +6,7 @@ The command line and the flow both call `look`; where windows come from is their
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Protocol
 
@@ -35,9 +36,14 @@ def look(
 
     ``anchor`` is what the study measured of the champion; a new baseline says how it compares. One look at a
     time: a second one waits, and then finds the window judged. What cannot be written is not acted on either,
-    since the next look would not know of it.
+    since the next look would not know of it. What is to be done stays due until `WatchStore.answered`, so
+    that the next look takes it up if whoever was to do it has ended.
     """
-    with store.lock():
+    with ExitStack() as held:
+        try:
+            held.enter_context(store.lock())
+        except OSError as error:
+            return _no_data(spec, f"nothing can be remembered, so nothing is judged: {error}", now=now)
         window = fetch()
         if not isinstance(window, LatencyWindow):
             judgement = _no_data(spec, window.reason, now=now)
@@ -56,10 +62,23 @@ def _judged(
     judgement, state = judge(window, found.memory.state, baseline, spec.policy, now)
     lesson = attend(found.memory.lesson, judgement, baseline, day)
     learned = next_baseline(found.memory.lesson, lesson, window.service, day, anchor)
-    kept = store.keep(Memory(state=state, lesson=lesson), learned)
+    same = state.bundle_digest == found.memory.state.bundle_digest
+    judgement = _taken_up(judgement, found.memory.due if same else None)
+    kept = store.keep(Memory(state=state, lesson=lesson, due=judgement.due), learned)
     if kept is not None:
-        judgement = judgement.model_copy(update={"act": False})
+        judgement = judgement.model_copy(update={"act": False, "due": None})
     return _told_too(judgement, found.problem, kept)
+
+
+def _taken_up(judgement: Judgement, due: datetime | None) -> Judgement:
+    """With what is to be done about it, also if that was found at an earlier look: by ``due``."""
+    found = judgement.at if judgement.act else due
+    if judgement.state == "ok" or found is None:
+        return judgement
+    taken = judgement.model_copy(update={"act": judgement.state == "breached", "due": found})
+    if not taken.act or judgement.act:
+        return taken
+    return _told_too(taken, f"what was to be done about it at {found.isoformat()} has not been done")
 
 
 def _no_data(spec: WatchSpec, *reasons: str, now: datetime, window: LatencyWindow | None = None) -> Judgement:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from pydantic import AwareDatetime, Field
 
 from open_autoglm.files import digest_of, file_lock, write_atomic
 from open_autoglm.monitoring.baseline import Baseline
@@ -32,6 +34,7 @@ class Memory(Model):
     format_version: int = FORMAT_VERSION
     state: JudgeState = JudgeState()
     lesson: Lesson = Lesson()
+    due: AwareDatetime | None = Field(None, description="when it was found that there is something to do")
 
 
 class Remembered(NamedTuple):
@@ -86,6 +89,15 @@ class WatchStore:
         except OSError as error:
             return f"this look cannot be remembered, so nothing is done about it: {_first_line(error)}"
         return None
+
+    def answered(self) -> str | None:
+        """What was to be done is done, or begun; why that cannot be remembered, in words."""
+        try:
+            with self.lock():
+                memory = self.memory().memory
+                return self.keep(memory.model_copy(update={"due": None}), None) if memory.due else None
+        except OSError as error:
+            return f"{self._folder} cannot be locked: {_first_line(error)}"
 
     def _baseline_file(self, version: str, digest: str) -> Path:
         """Labels come from whoever answers at the address, so they name no path."""
@@ -149,16 +161,12 @@ class WatchStore:
         return None
 
     def history(self) -> Iterator[Judgement]:
-        """Oldest first. Lines that are torn, or of another format, are left out."""
+        """Oldest first. What cannot be read, is torn, or is of another format is left out."""
         for path in (self._older_file, self.history_file):
-            if not path.exists():
-                continue
-            with path.open("rb") as file:
+            with suppress(OSError), path.open("rb") as file:
                 for line in file:
-                    try:
+                    with suppress(ValueError):
                         yield Judgement.model_validate_json(line)
-                    except ValueError:
-                        continue
 
     @property
     def _older_file(self) -> Path:

@@ -108,7 +108,9 @@ class Cause(Model):
 
     kind: CauseKind
     told: str = Field(description="one sentence")
-    evidence: Mapping[str, float | str] = Field(description="figures by name, units in the names")
+    evidence: Mapping[str, float | str] = Field(
+        description="figures by name, units in the names; none if nothing could be looked at"
+    )
 
 
 class Judgement(Model):
@@ -118,6 +120,9 @@ class Judgement(Model):
     at: AwareDatetime
     state: WatchState
     act: bool = Field(False, description="breached, and nothing was done about it within the cool-down")
+    due: AwareDatetime | None = Field(
+        None, description="since when there is something to do, if whoever was to do it has not"
+    )
     reasons: tuple[str, ...] = Field(description="sentences; for `ok` what was looked at")
     window: LatencyWindow | None = None
     figures: Mapping[str, float] = Field(default={}, description="what was compared, units in the names")

@@ -1,7 +1,7 @@
 """What the endpoint's ASGI middleware has in common (asgi.readthedocs.io, version 3.0).
 
 ``scope["state"]`` carries what is known of a request from one layer to the next: ``request_id``, ``caller``
-(the name of the key, or `ANONYMOUS`) and ``body_bytes`` from outside inwards; ``asked`` (the parsed body),
+(the name of the key, or `ANONYMOUS`) from outside inwards; ``asked`` (the parsed body),
 ``usage``, ``role`` and ``version`` from inside outwards, for the log.
 """
 

@@ -10,16 +10,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import resource
+from functools import partial
+from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from open_autoglm.schemas import Model
 from open_autoglm.serving.openai_answers import error_body
 
 _RESERVED_FILES = 64
 """For the model's files, the engine's socket, logs: what is no connection."""
+
+_MOST_BESIDES_BYTES = 1 << 16
+
+_OFFER = re.compile(rb"(\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 
 _log = logging.getLogger(__name__)
 
@@ -35,35 +42,37 @@ class Patience(Model):
     """To take what has been written."""
 
 
-class Gathered(asyncio.Transport):
-    """A transport whose writes of one turn of the event loop leave together.
+class WithHead(asyncio.Transport):
+    """A transport where an answer's head waits for the beginning of its body.
 
-    An answer's head and its first event, or its last event, its usage and its end, are messages of their own
-    in ASGI; each would be a packet, whose sending takes the kernel longer than its making took us.
+    Both are known at once, but are messages of their own in ASGI. In packets of their own, the first token
+    would leave later by what it takes the kernel to deliver the head.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._transport = transport
         self._loop = loop
-        self._held: list[bytes] = []
+        self._head = b""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not self._held:
-            self._loop.call_soon(self._let_go)
-        self._held.append(bytes(data))
+        if not self._head and data[:5] == b"HTTP/":
+            self._head = bytes(data)
+            self._loop.call_soon(self._let_go)  # there may be no body
+            return
+        head, self._head = self._head, b""
+        self._transport.write(head + data if head else data)
 
     def _let_go(self) -> None:
-        if self._held:
-            held, self._held = b"".join(self._held), []
-            self._transport.write(held)
+        if self._head:
+            self.write(b"")
 
     def close(self) -> None:
         self._let_go()
         self._transport.close()
 
     def abort(self) -> None:
-        self._held.clear()
+        self._head = b""
         self._transport.abort()
 
     def is_closing(self) -> bool:
@@ -79,15 +88,18 @@ class Gathered(asyncio.Transport):
         return self._transport.get_extra_info(name, default)
 
 
-class Connection(H11Protocol):
-    """uvicorn's, which closes on whoever keeps it waiting."""
+class Connection(HttpToolsProtocol):
+    """uvicorn's, which closes on whoever keeps it waiting or sends it more than it can use."""
 
     patience = Patience()
     _head: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
+    _besides_bytes = 0
+    """Of the request that is being read, what is not its body."""
+    _packet_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Gathered(transport, self.loop))
+        super().connection_made(WithHead(transport, self.loop))
         # So low that `pause_writing` says at once that the client does not read. Not 0: asyncio's TLS pauses
         # when a mark is reached, plain sockets only when it is passed.
         transport.set_write_buffer_limits(high=1)
@@ -100,12 +112,44 @@ class Connection(H11Protocol):
         self._cancel_stuck()
         super().connection_lost(exc)
 
-    # ── headers ──────────────────────────────────────────────────────────────────────────────────
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
+        if self.cycle is None or not self.cycle.more_body:
+            data = _without_offers(data)
+        self._packet_bytes = len(data)
+        self._besides_bytes += len(data)
         super().data_received(data)
         if self.busy:
             self._cancel_head()
+        if self._besides_bytes > _MOST_BESIDES_BYTES and not self.transport.is_closing():
+            self.send_400_response("what surrounds the body is too long")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._besides_bytes = self._packet_bytes
+
+    def on_headers_complete(self) -> None:
+        """Raises ValueError, which becomes the answer 400, where it is not said or said twice who is asked
+        (RFC 9112, section 3.2)."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):
+            raise ValueError(f"{hosts} Host headers")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._besides_bytes = max(0, self._besides_bytes - len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._packet_bytes = 0  # or some of them, which are the next request's
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            cycle.chunked_encoding = False
+            app = partial(_ended_by_closing, cycle, app)
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         self._await_head()
@@ -128,22 +172,21 @@ class Connection(H11Protocol):
             self._head = None
 
     def send_400_response(self, msg: str) -> None:
-        """To what is not HTTP; in OpenAI's shape, as every other error, unless an answer is out already."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        """To what is not HTTP; in OpenAI's shape, as every other error. What came before is answered first.
+
+        Not so one whose own body it is: that has an answer already, or gets this one.
+        """
+        if self.busy and not self.cycle.more_body:
+            self.cycle.keep_alive = False
+            return
+        if self.busy and (self.pipeline or self.cycle.response_started):
             self.transport.abort()
             return
         body = json.dumps(error_body(msg, "invalid_request_error")).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        for event in (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body) + body
+        )
         self.transport.close()
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
@@ -168,6 +211,33 @@ class Connection(H11Protocol):
         """End a connection that is not being answered: this one, if all others are."""
         others = (c for c in self.connections if isinstance(c, Connection) and c is not self and not c.busy)
         next(others, self).transport.abort()
+
+
+def _without_offers(data: bytes) -> bytes:
+    """A request whose client would rather speak something newer, as Java's does, without the word: it is
+    not taken up (RFC 9110, section 7.8), but httptools would take the body for the beginning of the new."""
+    end = data.find(b"\r\n\r\n")
+    if _OFFER.search(data, 0, end) is None:
+        return data
+    return _OFFER.sub(b"\\1not-taken", data[:end]) + data[end:]
+
+
+async def _ended_by_closing(
+    cycle: RequestResponseCycle,
+    app: ASGI3Application,
+    scope: Any,
+    receive: ASGIReceiveCallable,
+    send: ASGISendCallable,
+) -> None:
+    """HTTP/1.0 knows no chunks: a body goes on to the end of the connection (RFC 9112, section 6.3), which
+    uvicorn takes for one whose length is right."""
+
+    async def send_plain(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_plain)
 
 
 def connection_class(patience: Patience) -> type[Connection]:

@@ -1,9 +1,10 @@
-"""What may go wrong with a newcomer."""
+"""What may go wrong with a newcomer, and with the name of who is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from open_autoglm.errors import UserError
 from open_autoglm.schemas import Model
 
 
@@ -15,3 +16,7 @@ class Rejected(Exception):
         self.reason = reason
         self.checks = tuple(checks)
         """What was looked at, the good with the bad."""
+
+
+class UnknownModel(UserError):
+    """Another model than the one that is served."""

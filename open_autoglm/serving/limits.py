@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from open_autoglm.serving.asgi import App, Message, Receive, Refused, Send, refuse, state_of
+from open_autoglm.serving.asgi import App, Message, Receive, Refused, Send, refuse
 
 _CLOSE = (b"connection", b"close")
 """What is left of the body is not waited for."""
@@ -46,7 +46,6 @@ class Limits:
             self._left_bytes += held.bytes
 
     async def _pass_on(self, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
-        state_of(scope)["body_bytes"] = len(body)
         given = False
 
         async def receive_body() -> Message:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from pydantic import ValidationError
 
 from open_autoglm.files import write_atomic
 from open_autoglm.schemas import Model
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class LocalEndpoint(Model):
@@ -37,11 +40,17 @@ def _path(home: Path, port: int) -> Path:
 
 @contextlib.contextmanager
 def announced(home: Path, port: int, endpoint: LocalEndpoint, *, scraped: bool = False) -> Iterator[None]:
-    """Leave the file for the length of the block; the one for Prometheus if it may be ``scraped``."""
+    """Leave the file for the length of the block; the one for Prometheus if it may be ``scraped``.
+
+    A disk that is full costs a warning, not the server.
+    """
     path, target = _path(home, port), home / "prometheus" / "targets" / f"{port}.json"
-    write_atomic(path, endpoint.model_dump_json(indent=1), mode=0o600)
-    if scraped:
-        write_atomic(target, _target(endpoint.url))
+    try:
+        write_atomic(path, endpoint.model_dump_json(indent=1), mode=0o600)
+        if scraped:
+            write_atomic(target, _target(endpoint.url))
+    except OSError as error:
+        _LOGGER.warning("commands, watches and Prometheus will not find this server: %s", error)
     try:
         yield
     finally:
@@ -69,5 +78,5 @@ def _read(path: Path) -> LocalEndpoint | None:
         if about.st_uid != os.getuid() or about.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             return None
         return LocalEndpoint.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None

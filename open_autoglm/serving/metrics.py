@@ -7,6 +7,7 @@ champion; dashboards that know the model's name only add them up.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from prometheus_client.exposition import generate_latest
 
 from open_autoglm.hardware import read_memory
 from open_autoglm.schemas import Slo
+from open_autoglm.serving.messages import Token
 
 Role = Literal["champion", "challenger"]
 
@@ -215,8 +217,20 @@ class RequestTimes:
         self._slot = slot_s
         self._metrics.queue.observe(slot_s - self._begin)
 
-    def token(self, cached_tokens: int) -> None:
+    @contextlib.contextmanager
+    def counted(self, token: Token) -> Iterator[None]:
+        """Count it after the block, as of before: a client need not wait for that."""
         now = self._clock()
+        try:
+            yield
+        finally:
+            if token.slot_s is not None:
+                self.slot(token.slot_s)
+            if token.token is not None:
+                self.token(token.cached_tokens, now)
+
+    def token(self, cached_tokens: int, now: float) -> None:
+        """It came at ``now``."""
         if self.ttft_s is None:
             self.ttft_s = now - self._begin
             self._metrics.ttft.observe(self.ttft_s)

@@ -136,6 +136,11 @@ class Answer:
         self.usage.count(piece)
         self.choices[index].add(piece)
 
+    @property
+    def done(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.finish is not None for choice in self.choices)
+
     def whole(self) -> Json:
         choices = [
             {

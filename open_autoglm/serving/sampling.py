@@ -20,12 +20,13 @@ class Choice(NamedTuple):
     likeliest: tuple[tuple[int, float], ...]
 
 
-def choose(logits: Logits, sampling: Sampling, random: np.random.Generator) -> Choice:
+def choose(logits: Logits, sampling: Sampling, random: np.random.Generator | None) -> Choice:
     """The next token by ``float32[vocab]`` and, if asked for, logarithms of probabilities at temperature 1.
 
-    One number is drawn from ``random`` for each token that is not simply the likeliest.
+    One number is drawn from ``random`` for each token that is not simply the likeliest; None suffices for one
+    that is.
     """
-    if sampling.temperature == 0:
+    if random is None or sampling.temperature == 0:
         token = int(logits.argmax())
     else:
         token = _draw(logits.astype(np.float64) / sampling.temperature, sampling.top_p, random)

@@ -56,8 +56,9 @@ class _Running:
         self.produced = 0
         self.last = -1
         """The token that is to be read next."""
-        self.random = np.random.default_rng(generation.sampling.seed)
         greedy = generation.sampling.temperature == 0
+        # Gathering entropy takes longer than all else that is done for a greedy answer.
+        self.random = None if greedy else np.random.default_rng(generation.sampling.seed)
         self.lookup = PromptLookup(draft_tokens) if greedy and draft_tokens else None
 
 

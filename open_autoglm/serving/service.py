@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -118,6 +119,10 @@ class Service:
         """Whether anybody waits for an answer."""
         return self._inside > 0
 
+    @cached_property
+    def _vocabulary(self) -> int:
+        return len(self.tokenizer)
+
     # ── prompts ──────────────────────────────────────────────────────────────────────────────────
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -126,8 +131,8 @@ class Service:
             ids = tuple(self.tokenizer(prompt)["input_ids"])
         else:
             ids = tuple(prompt)
-            if (largest := max(ids)) >= len(self.tokenizer):
-                raise UserError(f"token id {largest} is beyond the vocabulary of {len(self.tokenizer)}")
+            if (largest := max(ids)) >= self._vocabulary:
+                raise UserError(f"token id {largest} is beyond the vocabulary of {self._vocabulary}")
         if not ids:
             raise UserError("the prompt is empty: give it at least one token")
         return ids
@@ -229,17 +234,15 @@ class Service:
         try:
             async with contextlib.aclosing(self.engine.generate(generation)) as tokens:
                 async for token in tokens:
-                    if token.slot_s is not None:
-                        seen.slot(token.slot_s)
-                    if token.token is not None:
-                        seen.token(token.cached_tokens)
                     piece = _piece(token, text)
+                    with seen.counted(token):
+                        if piece.finish is None:
+                            yield piece
                     if piece.finish is not None:
                         seconds = seen.finished(piece.finish)
                         self._pace.learn(seconds)
                         self._tell(asked, seen, seconds)
-                    yield piece
-                    if piece.finish is not None:
+                        yield piece
                         return
         except NotFinite as error:
             seen.not_finite()

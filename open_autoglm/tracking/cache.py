@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 from open_autoglm.bundle import MANIFEST, open_bundle
 from open_autoglm.errors import UserError
-from open_autoglm.files import directory_atomic, file_lock
+from open_autoglm.files import directory_atomic, file_lock, is_full
 from open_autoglm.units import quantity
 
 KEPT = 3
@@ -23,7 +22,6 @@ _SPARE_BYTES = 16 << 20
 
 _MORE_ROOM = "make room there, or set AUTOGLM_HOME to a larger disk"
 _BUNDLE = "bundle"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Download = Callable[[str, Path], Path]
 """Fetch a part of a bundle ('' for all of it) into a directory, and say where it is."""
@@ -68,7 +66,7 @@ class BundleCache:
                     self._download(wanted, entry, download)
                 entry.touch()
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_full(error):
                 raise NotFetched(f"{wanted} cannot be kept in {self._root}: {error}") from error
             raise NoRoom(
                 f"the disk of {self._root} became full while {wanted} was fetched; nothing of it was kept: "

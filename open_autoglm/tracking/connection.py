@@ -6,10 +6,12 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import without_password
@@ -25,6 +27,10 @@ _QUIET = {
 }
 LONGEST_TAG = 5000
 
+_Connection = TypeVar("_Connection", bound="Connection")
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
+
 
 def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None) -> str | None:
     """Where the MLflow UI shows the experiment or run; None unless there is a server.
@@ -39,6 +45,19 @@ def mlflow_link(tracking_uri: str, experiment_id: str, run_id: str | None = None
 
 class Unreachable(UserError):
     """MLflow could not be asked, or did not answer; asking again later may help."""
+
+
+def asking(
+    method: Callable[Concatenate[_Connection, _Arguments], _Answer],
+) -> Callable[Concatenate[_Connection, _Arguments], _Answer]:
+    """What MLflow refuses while ``method`` runs, and nobody expects, is `Unreachable`: one sentence."""
+
+    @wraps(method)
+    def asked(self: _Connection, /, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Answer:
+        with self._asking():
+            return method(self, *arguments, **named)
+
+    return asked
 
 
 class Connection:
@@ -146,13 +165,25 @@ def _check_uri(uri: str) -> None:
             f"MLflow no longer keeps runs in a folder such as {uri!r}: give a database like "
             "sqlite:////absolute/path/mlflow.db, or a server like http://127.0.0.1:5000"
         )
+    elif is_http(uri):
+        _check_address(uri)
+
+
+def _check_address(uri: str) -> None:
+    try:
+        complete = bool(urlsplit(uri).hostname) and urlsplit(uri).port != 0
+    except ValueError:
+        complete = False
+    if not complete:
+        told = without_password(uri)
+        raise UserError(f"{told} is no address of an MLflow server: give one like http://127.0.0.1:5000")
 
 
 def _root_cause(error: BaseException) -> str:
-    """One line: what the network said, below the layers of HTTP clients, or else the error's own words."""
+    """One line: what network or database said, below the layers of clients, or else the error's own words."""
     cause, deeper = error, error.__cause__ or error.__context__
     while deeper is not None:
-        cause = deeper if isinstance(deeper, OSError) else cause
+        cause = deeper if isinstance(deeper, OSError | sqlite3.Error) else cause
         deeper = deeper.__cause__ or deeper.__context__
     return str(cause).strip().split("\n")[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,11 @@ from open_autoglm.records import trial_metrics
 from open_autoglm.schemas import Bundle, Manifest, OptimizeSpec, Registration, Study
 from open_autoglm.tracking.aliases import Moves, promoted
 from open_autoglm.tracking.bundles import BUNDLE_DIGEST, CHAMPION
+from open_autoglm.tracking.connection import asking
 from open_autoglm.tracking.runs import STUDY
 
 _CONFIRMED = "autoglm.last_confirmed_study"
+_TEMPORARY = ".mlflow-"
 
 
 def registered_name(spec: OptimizeSpec, checkpoint_name: str) -> str:
@@ -26,11 +29,13 @@ def registered_name(spec: OptimizeSpec, checkpoint_name: str) -> str:
 class Registry(Moves):
     """What studies register."""
 
+    @asking
     def register_champion(self, study: Study, bundle: Bundle, parent_run_id: str) -> Registration:
         """Make ``bundle`` a version of its registered model and, unless its spec says otherwise, the
         ``champion``; the one before becomes ``previous``.
 
-        A version with the same bundle digest is used again, never written twice.
+        A version with the same bundle digest is used again, never written twice. Wherever it is cut off, the
+        champion stays one that is whole, and the same again goes on. Raises Unreachable, UnderWay.
         """
         if study.champion is None:
             raise ValueError(f"study {study.id} has no champion to register")
@@ -74,6 +79,8 @@ class Registry(Moves):
         from mlflow.models import Model
 
         manifest, _ = open_bundle(bundle.path, verify=False)
+        for left in bundle.path.parent.glob(f"{_TEMPORARY}*"):  # by a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         model = self._client.create_logged_model(
             experiment_id, name=name, source_run_id=run_id, model_type="pyfunc"
         )
@@ -83,7 +90,7 @@ class Registry(Moves):
             model_id=model.model_id,
             run_id=run_id,
         )
-        with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=".mlflow-") as temporary:
+        with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=_TEMPORARY) as temporary:
             mlflow.pyfunc.save_model(
                 path=f"{temporary}/model",
                 mlflow_model=description,

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from open_autoglm.records import trial_metrics, trial_params, trial_tags
 from open_autoglm.schemas import OptimizeSpec, Registration, Study, Trial
-from open_autoglm.tracking.connection import Connection
+from open_autoglm.tracking.connection import Connection, asking
 
 STUDY, _TRIAL = "autoglm.study_id", "autoglm.trial_key"
 _ENDED_WELL = ("ok", "stopped", "vetoed")
 
 
 class Studies(Connection):
-    """Runs of studies and trials."""
+    """Runs of studies and trials; all raise Unreachable."""
 
+    @asking
     def start_study(self, spec: OptimizeSpec, study_id: str, model_name: str) -> str:
         """The parent run of the study, created or set running again; returns its id."""
         experiment_id = self._experiment(f"open-autoglm/{model_name}")
@@ -26,6 +27,7 @@ class Studies(Connection):
         self._client.log_text(run_id, spec.model_dump_json(indent=2), "spec.json")
         return run_id
 
+    @asking
     def log_trial(self, parent_run_id: str, trial: Trial, files: Iterable[Path] = ()) -> str:
         """The trial's child run, created or brought up to date; returns its id.
 
@@ -42,6 +44,7 @@ class Studies(Connection):
         self._client.set_terminated(run_id, "FINISHED" if trial.status in _ENDED_WELL else "FAILED")
         return run_id
 
+    @asking
     def finish_study(self, parent_run_id: str, study: Study, files: Iterable[Path] = ()) -> None:
         """Log the verdict, ``study.json`` and ``files`` (report, figures, Data Docs); end the parent run.
 
@@ -58,6 +61,7 @@ class Studies(Connection):
         self._log_files(parent_run_id, files)
         self._client.set_terminated(parent_run_id, "FINISHED")
 
+    @asking
     def mark_failed(self, parent_run_id: str, reason: str) -> None:
         """End the study's runs that a crashed flow has left running, the parent included."""
         experiment_id = self._client.get_run(parent_run_id).info.experiment_id
@@ -68,6 +72,7 @@ class Studies(Connection):
             self._log(run_id, tags={"mlflow.note.content": reason})
             self._client.set_terminated(run_id, "FAILED")
 
+    @asking
     def location(self, run_id: str) -> Registration:
         """Where a run can be found, with nothing registered."""
         experiment_id = str(self._client.get_run(run_id).info.experiment_id)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from open_autoglm.schemas import Judgement
 from open_autoglm.tracking.connection import LONGEST_TAG, Connection
 
@@ -17,7 +20,7 @@ class Watches(Connection):
         window = judgement.window
         if window is None:
             return None
-        with self._asking():
+        with self._asking(), self._writing():
             called = f"version {window.version}" if window.version else window.bundle_digest
             key = f"{judgement.service}/{window.version}/{window.bundle_digest}"
             experiment_id = self._experiment(f"open-autoglm/{judgement.service}")
@@ -27,6 +30,14 @@ class Watches(Connection):
                 path = f"breaches/{judgement.at:%Y%m%dT%H%M%SZ}.json"
                 self._client.log_text(run_id, judgement.model_dump_json(indent=2), path)
             return run_id
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Files, too, where MLflow keeps them on this machine: its disk may be full."""
+        try:
+            yield
+        except OSError as error:
+            raise self._unreachable(error) from error
 
     def _draw(self, run_id: str, judgement: Judgement) -> None:
         from mlflow.entities import Metric, RunTag

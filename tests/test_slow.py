@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import httpx
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from endpoints import Endpoint, endpoint, metric
@@ -94,10 +96,11 @@ def test_another_engine_process_is_not_slow(served: Endpoint, admin: httpx.Clien
 
 
 def engines(served: Endpoint) -> int:
-    import psutil
-
-    children = psutil.Process(served.process.pid).children()
-    return sum("open_autoglm.serving.engine_main" in child.cmdline() for child in children)
+    found = 0
+    for child in psutil.Process(served.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just left
+            found += "open_autoglm.serving.engine_main" in child.cmdline()
+    return found
 
 
 def test_who_may_not_or_means_nothing_is_refused(served: Endpoint, admin: httpx.Client) -> None:

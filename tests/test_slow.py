@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import httpx
 import psutil
@@ -45,14 +44,14 @@ def command(served: Endpoint, *arguments: str) -> Result:
 
 
 def answer_s(served: Endpoint) -> float:
-    """What an answer takes, the median of a few."""
+    """What an answer takes, the quickest of a few."""
     body = {"model": NAME, "prompt": "The capital of France is", "max_tokens": 16, "ignore_eos": True}
     taken = []
-    for _ in range(5):
+    for _ in range(3):
         begin_s = time.perf_counter()
         assert httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).status_code == 200
         taken.append(time.perf_counter() - begin_s)
-    return median(taken)
+    return min(taken)
 
 
 def shown(served: Endpoint) -> float:
@@ -63,13 +62,14 @@ def test_it_is_slow_until_told_otherwise(served: Endpoint, admin: httpx.Client) 
     """By the command; events, metrics and `endpoints` say so."""
     usual_s = answer_s(served)
     assert shown(served) == 0
-    said = command(served, "slow", "--by", "5000%")
-    assert (said.exit_code, "is 5000% slower on purpose" in said.output) == (0, True)
-    assert answer_s(served) > 5 * usual_s
-    assert shown(served) == 50
-    assert "5000% slower on purpose" in command(served, "endpoints").output
+    said = command(served, "slow", "--by", "20000%")
+    assert (said.exit_code, "is 20000% slower on purpose" in said.output) == (0, True)
+    slow_s = answer_s(served)
+    assert slow_s > 3 * usual_s
+    assert shown(served) == 200
+    assert "20000% slower on purpose" in command(served, "endpoints").output
     assert command(served, "slow", "--by", "0%").exit_code == 0
-    assert answer_s(served) < 5 * usual_s
+    assert answer_s(served) < slow_s / 3
     assert shown(served) == 0
     event = admin.get("/admin/fleet").json()["events"][-1]
     assert (event["kind"], "not slowed any more" in event["told"]) == ("slowed", True)

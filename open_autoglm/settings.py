@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     alert_bridge_port: int = Field(9195, ge=1, le=65535)
     trial_timeout_s: float = Field(1800, gt=0, description="limit for one child process")
     trial_reuse_hours: float = Field(24, ge=0, description="a resumed study keeps trials younger than this")
+    follow_s: float = Field(15, gt=0, description="how often an endpoint asks the registry for its aliases")
     api_keys: SecretStr = Field(SecretStr(""), description="of an endpoint's callers, separated by commas")
     admin_keys: SecretStr = Field(SecretStr(""), description="of who may administer an endpoint")
 

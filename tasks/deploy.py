@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 
 from open_autoglm.errors import StudyError
 from open_autoglm.ladder import outcome_of
+from open_autoglm.monitoring.renewal import renew_engine
 from open_autoglm.progress import announce
 from open_autoglm.schemas import OptimizeSpec, Outcome, Reoptimization, Rung, Study
 from open_autoglm.settings import Settings
@@ -106,6 +107,17 @@ def challenge(outcome: Outcome, request: Reoptimization) -> None:
         reason=request.reason,
         expected={"champion": outcome.champion},
     )
+
+
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
+def renew(outcome: Outcome) -> Outcome:
+    """Start the engine of the champion anew where it is served here; the outcome, with what came of that."""
+    champion = outcome.champion and tracker().version(outcome.model_name, outcome.champion)
+    if not champion:
+        return outcome
+    came_of_it = renew_engine(Settings().home, champion.digest)
+    announce(came_of_it)
+    return outcome.model_copy(update={"told": f"{outcome.told} {came_of_it}"})
 
 
 def publish_outcome(outcome: Outcome, request: Reoptimization) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,12 @@ _START_S = 60
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="Prometheus is not installed: apt-get install prometheus"
+)
+
+
+needs_alertmanager = pytest.mark.skipif(
+    shutil.which("prometheus-alertmanager") is None,
+    reason="Alertmanager is not installed: apt-get install prometheus-alertmanager",
 )
 
 
@@ -85,3 +92,17 @@ def store(folder: Path, samples: Iterable[str]) -> Path:
     configuration = folder / "prometheus.yml"
     configuration.write_text("{}")
     return configuration
+
+
+def hasten(folder: Path) -> None:
+    """Seconds for minutes."""
+    for name, slow, fast in (
+        ("prometheus.yml", r"(scrape_interval|evaluation_interval): 15s", r"\1: 1s"),
+        ("prometheus.yml", "scrape_timeout: 5s", "scrape_timeout: 1s"),
+        ("rules.yml", "for: [12]m", "for: 1s"),
+        ("rules.yml", r"\[5m\]", "[10s]"),
+        ("alertmanager.yml", "group_wait: 10s", "group_wait: 0s"),
+    ):
+        text, count = re.subn(slow, fast, (folder / name).read_text())
+        assert count
+        (folder / name).write_text(text)

@@ -42,6 +42,9 @@ def test_the_file_says_what_may_be_done() -> None:
     assert (found.canary.weight_percent, found.canary.shadow_percent) == (5, 20)
     assert found.spec.register_as == "demo-glm"
     assert found.reason == "engine: it is slower alone"
+    assert found.renew
+    mix = cause.model_copy(update={"kind": "mix"})
+    assert not reoptimization(read_watch_spec(EXAMPLE), window(), mix, NOW).renew
 
 
 @pytest.mark.parametrize(
@@ -83,20 +86,28 @@ def judged(state: WatchState, minute: int, seen: LatencyWindow | None = None) ->
     )
 
 
-def test_the_window_before_a_breach_is_not_its_first(tmp_path: Path) -> None:
-    """A breach that takes two windows to be called one began in a window that was still `ok`."""
+@pytest.mark.parametrize(
+    "states",
+    [
+        ("ok", "ok", "ok", "breached", "breached"),
+        ("ok", "ok", "ok", "no_data", "breached", "no_data", "breached"),
+    ],
+)
+def test_the_window_before_a_breach_is_not_its_first(tmp_path: Path, states: tuple[WatchState, ...]) -> None:
+    """A breach that takes two windows to be called one began in a window that was still `ok`; those that said
+    nothing change nothing."""
     store = WatchStore(tmp_path, "m")
     digest = window().bundle_digest
     assert store.good_window(digest, 2) is None
-    for minute, state in enumerate(("ok", "ok", "ok", "breached", "breached")):
-        assert store.append(judged(state, minute)) is None  # type: ignore[arg-type]
+    for minute, state in enumerate(states):
+        assert store.append(judged(state, minute)) is None
     good = store.good_window(digest, 2)
     assert good is not None
     assert good.requests == 1
-    store.append(judged("ok", 5))
+    store.append(judged("ok", 9))
     after = store.good_window(digest, 2)
     assert after is not None
-    assert after.requests == 5
+    assert after.requests == 9
     assert store.good_window("another", 2) is None
 
 

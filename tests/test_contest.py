@@ -71,6 +71,31 @@ def test_prompts_are_replayed_until_the_judge_has_enough(loop: Loop, pair: tuple
     assert champion.heard is challenger.heard is None
 
 
+@pytest.mark.parametrize("shadow_percent", [0, 100])
+def test_a_shadow_that_finds_nothing_is_given_up(
+    loop: Loop, pair: tuple[Service, Service], shadow_percent: float
+) -> None:
+    """Nobody asks; but a trial without a shadow was not begun to compare anything."""
+
+    async def contest() -> list[Verdict]:
+        found: list[Verdict] = []
+
+        async def act(verdict: Verdict) -> None:
+            found.append(verdict)
+
+        hasty = Policy(patience_s=0.2)
+        contest = Contest(*pair, shadow_percent, act, policy=hasty, every_s=0.05)
+        while not found and (contest.status.verdict is None or shadow_percent):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        contest.close()
+        return found
+
+    found = loop.runner.run(asyncio.wait_for(contest(), 60))
+    assert [verdict.kind for verdict in found] == (["rollback"] if shadow_percent else [])
+    assert all("could not be compared" in verdict.reason for verdict in found)
+
+
 def test_lost_answers_end_it_at_once(loop: Loop, pair: tuple[Service, Service]) -> None:
     """Without any shadow: three clients whose engine died are enough."""
     champion, challenger = pair

@@ -49,9 +49,10 @@ def verdict(
     pairs: tuple[Pair, ...],
     canary: Canary | None = None,
     quality: QualityReport | None = EXACT,
+    shadowed_s: float = 0,
     **policy: Any,
 ) -> Verdict:
-    samples = Samples(pairs=pairs, canary=canary or Canary())
+    samples = Samples(pairs=pairs, canary=canary or Canary(), shadowed_s=shadowed_s)
     return judge(samples, quality, quality, Policy(**policy))
 
 
@@ -126,6 +127,20 @@ def test_only_quiet_and_complete_pairs_are_timed() -> None:
     lost = (pair(challenger=Side(error="engine_lost"), same_tokens=None),) * 2
     assert verdict((*loud, *lost, *noisy_pairs(20, 0.8, 1))).kind == "promote"
     assert verdict((*loud, *lost, *noisy_pairs(19, 0.8, 1))).kind == "wait"
+
+
+def test_who_cannot_be_compared_is_given_up() -> None:
+    """After a day, whatever is preferred; what can be decided is decided, however late."""
+    day_s = 24 * 3600.0
+    never_quiet = (*noisy_pairs(3, 0.5, 1), *(pair(0.5, quiet=False),) * 40)
+    assert verdict(never_quiet, shadowed_s=day_s - 1).kind == "wait"
+    found = verdict(never_quiet, shadowed_s=day_s, prefer="challenger")
+    assert found.kind == "rollback"
+    assert found.reason == (
+        "it could not be compared within 24 hours, keep the incumbent: 3 pairs can be compared; "
+        "the next look is at 20; during 40 others somebody was being answered"
+    )
+    assert verdict(noisy_pairs(20, 0.5, 1), shadowed_s=2 * day_s).kind == "promote"
 
 
 def test_answers_of_one_token_have_no_time_per_token() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -23,7 +22,7 @@ from conftest import REPOSITORY
 from endpoints import endpoint
 from fastapi.testclient import TestClient
 from grafana import dashboard
-from prometheus_server import free_port, needs_prometheus, wait_for
+from prometheus_server import free_port, hasten, needs_alertmanager, needs_prometheus, wait_for
 
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.rules import slo_rules, write_slo
@@ -33,10 +32,6 @@ from open_autoglm.serving.metrics import Board
 from open_autoglm.settings import Settings
 
 PROMETHEUS = REPOSITORY / "infra" / "prometheus"
-needs_alertmanager = pytest.mark.skipif(
-    shutil.which("prometheus-alertmanager") is None,
-    reason="Alertmanager is not installed: apt-get install prometheus-alertmanager",
-)
 
 
 def run(*command: str | Path, folder: Path = PROMETHEUS) -> str:
@@ -351,19 +346,6 @@ def test_a_server_says_where_it_can_be_scraped(tmp_path: Path, url: str, target:
     assert not path.exists()
     with announced(tmp_path, 8000, here, scraped=False):
         assert not path.exists()
-
-
-def hasten(folder: Path) -> None:
-    """Seconds for minutes."""
-    for name, slow, fast in (
-        ("prometheus.yml", r"(scrape_interval|evaluation_interval): 15s", r"\1: 1s"),
-        ("prometheus.yml", "scrape_timeout: 5s", "scrape_timeout: 1s"),
-        ("rules.yml", "for: [12]m", "for: 1s"),
-        ("alertmanager.yml", "group_wait: 10s", "group_wait: 0s"),
-    ):
-        text, count = re.subn(slow, fast, (folder / name).read_text())
-        assert count
-        (folder / name).write_text(text)
 
 
 @needs_prometheus

@@ -20,7 +20,7 @@ pytest.importorskip("schemathesis")
 ROUTES = {
     "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/healthz", "/readyz",
     "/metrics", "/admin/fleet", "/admin/swap", "/admin/challenger", "/admin/promote",
-    "/admin/history", "/admin/probe",
+    "/admin/history", "/admin/probe", "/admin/slow", "/admin/renew",
 }  # fmt: skip
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
@@ -56,6 +56,7 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
         for limit in fields.keys() & {"max_tokens", "max_completion_tokens"}:
             fields[limit]["anyOf"][0]["maximum"] = 8
     del document["paths"]["/admin/probe"]  # it takes half a minute, unless told otherwise
+    schemas["SlowRequest"]["properties"]["share"]["maximum"] = 1
     document["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"]["enum"] = ["tiny", "other"]
     return document
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
+from endpoints import endpoint
 from registries import Shelf, make_shelf
 from studies import demo_registration, demo_study, infeasible_study, tied_study
 
 from open_autoglm.ladder import goes_on, outcome_of, rungs
 from open_autoglm.schemas import Canary, OptimizeSpec, Outcome, Reoptimization, Study
+from open_autoglm.serving.local import local_endpoints
 from open_autoglm.settings import Settings
 
 SPEC = OptimizeSpec(model_path="demo-glm")
@@ -130,6 +133,26 @@ def test_a_person_may_be_asked_first(shelf: Shelf, monkeypatch: pytest.MonkeyPat
     assert outcome.kind == ("challenger" if yes else "declined")
     assert yes or "not today" in outcome.told
     assert shelf.aliases(name).get("challenger") == ("2" if yes else None)
+
+
+@pytest.mark.usefixtures("prefect_harness")
+def test_who_stays_gets_a_new_engine(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If its engine had become slow; nobody else changes, and a host where it is not served is told."""
+    name = shelf.register("stays", 1)
+    slow = request(renew=True, reason="engine: it is slower alone")
+    told = run(monkeypatch, Studies(winner(name, "1")), slow)
+    assert told.kind == "kept"
+    assert "was not started anew: no endpoint of this user" in told.told
+    with endpoint(Path(f"models:/{name}@champion"), shelf.home, "--threads", "1") as server:
+        (here,) = local_endpoints(shelf.home)
+        headers = {"Authorization": f"Bearer {here.token}"}
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as admin:
+            admin.post("/admin/slow", json={"share": 1}).raise_for_status()
+            outcome = run(monkeypatch, Studies(winner(name, "1")), slow)
+            champion = admin.get("/admin/fleet").json()["champion"]
+    assert "Its engine was started anew: version 1 answers from a new engine." in outcome.told
+    assert (champion["version"], champion["slower"]) == ("1", 0)
+    assert shelf.aliases(name) == {"champion": "1"}
 
 
 def answer(form: dict[str, Any]) -> None:

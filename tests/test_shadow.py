@@ -146,7 +146,7 @@ def test_times_beside_a_client_do_not_count(loop: Loop, champion: Service, chall
     """Who shares the engine with a client is slower for it; the tokens are evidence all the same."""
 
     async def beside(client_of: Service) -> ShadowEvidence:
-        shadow = Shadow(champion, challenger, ShadowOptions())
+        shadow = Shadow(champion, challenger, ShadowOptions(quiet_wait_s=0))
         async with running(shadow):
             client = asyncio.create_task(ask(client_of, PROMPT, 150))
             while client_of.engine.load.running == 0:
@@ -164,11 +164,27 @@ def test_times_beside_a_client_do_not_count(loop: Loop, champion: Service, chall
         assert [pair.champion_first for pair in found.pairs] == [True, True]  # the first one's do not count
 
 
+def test_a_pair_waits_for_a_quiet_moment(loop: Loop, champion: Service, challenger: Service) -> None:
+    """Not for ever, but long enough for those who are being answered."""
+
+    async def after_a_client() -> ShadowEvidence:
+        shadow = Shadow(champion, challenger, ShadowOptions(quiet_wait_s=PATIENCE_S))
+        async with running(shadow):
+            client = asyncio.create_task(ask(champion, PROMPT, 150))
+            while champion.engine.load.running == 0:
+                await asyncio.sleep(0)
+            shadow.offer(PROMPT[::-1], 4)
+            await client
+            return await until_done(shadow, 1)
+
+    assert [pair.quiet for pair in loop.runner.run(after_a_client()).pairs] == [True]
+
+
 def test_clients_come_first(loop: Loop, champion: Service, challenger: Service) -> None:
     """Nothing begins while they wait for a slot, and what has begun gives its own up."""
 
     async def crowded() -> tuple[ShadowEvidence, ShadowEvidence]:
-        shadow = Shadow(champion, challenger, ShadowOptions(output_tokens=150))
+        shadow = Shadow(champion, challenger, ShadowOptions(output_tokens=150, quiet_wait_s=0))
         async with running(shadow):
             shadow.offer(PROMPT, 150)
             while champion.engine.load.running == 0:

@@ -88,11 +88,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--quality-tokens", type=int, help="Most tokens scored one at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses prompts and texts.")
 @click.option("--register-as", help="Name in the MLflow registry.  [default: the checkpoint's]")
-@click.option(
-    "--promote/--no-promote",
-    default=True,
-    help="Make the winner the registered champion at once.  [default: yes]",
-)
+@click.option("--promote/--no-promote", default=True, help="Make the winner champion.  [default: yes]")
 @click.option("--output", type=click.Path(path_type=Path), help="Directory of the study.")
 @click.option("--dry-run", is_flag=True, help="Analyse and plan; run nothing.")
 @click.option(
@@ -236,6 +232,17 @@ def swap(source: str, **arguments: Any) -> None:
     from open_autoglm.cli.running import run_swap
 
     sys.exit(run_swap(source, **arguments))
+
+
+@cli.command()
+@click.option("--by", required=True, help="That each call of the model takes longer: 60%, 0% to end it.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of the endpoint, if several run here.")
+@click.option("--json", "as_json", is_flag=True, help="Print who answers now as one JSON object instead.")
+def slow(**arguments: Any) -> None:
+    """Make the champion of a running endpoint slower, to rehearse; its next engine process is not."""
+    from open_autoglm.cli.running import run_slow
+
+    sys.exit(run_slow(**arguments))
 
 
 @cli.command()

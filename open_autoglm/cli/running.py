@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _SWAP_S = 1800.0
 """A bundle may have to be downloaded, its engine built, and both checked."""
 
 _TOLD_EVENTS = 5
+_PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 Json = dict[str, Any]
 
@@ -42,6 +44,17 @@ def run_swap(source: str, *, port: int | None, as_json: bool) -> int:
     # The server may run in another directory.
     named = str(Path(source).absolute()) if Path(source).exists() else source
     fleet = _ask(here, "POST", "/admin/swap", {"source": named})
+    click.echo(json.dumps(fleet) if as_json else fleet["events"][-1]["told"])
+    return 0
+
+
+def run_slow(by: str, *, port: int | None, as_json: bool) -> int:
+    """Make a running server's champion slower; 0."""
+    found = _PER_CENT.fullmatch(by)
+    if found is None:
+        raise UserError(f"--by: {by!r} is no share of the time; write it like 60%")
+    here = _choose(local_endpoints(Settings().home), port)
+    fleet = _ask(here, "POST", "/admin/slow", {"share": float(found[1]) / 100})
     click.echo(json.dumps(fleet) if as_json else fleet["events"][-1]["told"])
     return 0
 
@@ -81,6 +94,7 @@ def _tell(url: str, fleet: Json) -> None:
         if (service := fleet[role]) is not None:
             version = f"version {service['version']}, " if service["version"] else ""
             state = f"engine {service['engine']}, {service['restarts']} restarts"
+            state += f", {service['slower']:.0%} slower on purpose" if service["slower"] else ""
             called = f"{service['candidate']} ({version}{service['bundle_digest'][:12]})"
             click.echo(f"  {role:<10} {called}: {state}")
     for event in fleet["events"][-_TOLD_EVENTS:]:

@@ -29,6 +29,7 @@ def reoptimization(spec: WatchSpec, window: LatencyWindow, cause: Cause, now: da
         highest_rung=spec.action.highest_rung,
         canary=Canary(weight_percent=spec.action.canary_weight, shadow_percent=spec.action.shadow_weight),
         require_approval=spec.action.require_approval,
+        renew=cause.kind == "engine",
         reason=f"{cause.kind}: {cause.told}",
     )
 

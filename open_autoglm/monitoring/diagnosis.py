@@ -38,7 +38,7 @@ def find_served(home: Path, digest: str) -> Served | NoWindow:
     """Who answers with the bundle whose digest begins so."""
     for here in local_endpoints(home):
         try:
-            champion = _ask(here, "GET", "/admin/fleet", timeout_s=10).json()["champion"]
+            champion = ask_admin(here, "GET", "/admin/fleet", timeout_s=10).json()["champion"]
             served = Served(here, Path(champion["bundle"]))
         except (httpx.HTTPError, OSError, KeyError, TypeError, ValueError):
             continue  # another version's, or on its way out, or its certificate is gone
@@ -50,7 +50,7 @@ def find_served(home: Path, digest: str) -> Served | NoWindow:
 def take_probe(served: Served, seconds: float) -> EndpointProbe | NoWindow:
     """So long on the serving host, in the endpoint's own process."""
     try:
-        response = _ask(served.here, "POST", "/admin/probe", {"seconds": seconds}, seconds + _SPARE_S)
+        response = ask_admin(served.here, "POST", "/admin/probe", {"seconds": seconds}, seconds + _SPARE_S)
         return EndpointProbe.model_validate_json(response.content)
     except (httpx.HTTPError, OSError) as error:
         why = str(error) or type(error).__name__
@@ -60,9 +60,10 @@ def take_probe(served: Served, seconds: float) -> EndpointProbe | NoWindow:
         return NoWindow(f"the endpoint at {served.here.url} answered with no probe: {told}")
 
 
-def _ask(
+def ask_admin(
     here: LocalEndpoint, method: str, path: str, body: dict[str, float] | None = None, timeout_s: float = 10
 ) -> httpx.Response:
+    """Raises httpx.HTTPError, also where it refuses."""
     trusted = ssl.create_default_context(cafile=here.certificate) if here.certificate else True
     headers = {"Authorization": f"Bearer {here.token}"}
     with httpx.Client(verify=trusted, trust_env=False, timeout=timeout_s) as client:

@@ -140,9 +140,13 @@ class WatchStore:
         """The last one of this bundle before the breach there is, if any, began to show.
 
         A breach shows in ``confirm`` windows before it is called one, and those before the last of them are
-        still `ok`.
+        still `ok`. Windows that said nothing may lie between.
         """
-        known = [one for one in self.history() if one.window and one.window.bundle_digest == digest]
+        known = [
+            one
+            for one in self.history()
+            if one.state != "no_data" and one.window and one.window.bundle_digest == digest
+        ]
         healthy = len(known)
         while healthy and known[healthy - 1].state == "breached":
             healthy -= 1

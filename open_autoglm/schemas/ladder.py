@@ -34,6 +34,11 @@ class Reoptimization(Model):
     require_approval: bool = Field(
         False, title="Ask first", description="Wait for a person before the winner is tried"
     )
+    renew: bool = Field(
+        False,
+        title="Renew the engine",
+        description="If the champion stays, start its engine anew: it is slow, and its configuration is not",
+    )
     reason: str = Field("", title="Reason", description="Kept with the moves of aliases")
 
 

@@ -11,7 +11,7 @@ from open_autoglm.schemas import Canary, EndpointProbe, History, Model
 from open_autoglm.serving.contest import ContestStatus
 from open_autoglm.serving.engine import State
 from open_autoglm.serving.fleet import Event, Fleet
-from open_autoglm.serving.openapi import ADMIN_BODY, KEY, refusals
+from open_autoglm.serving.openapi import ADMIN_BODY, KEY, RENEWED, refusals
 from open_autoglm.serving.probe import probe
 from open_autoglm.serving.service import Service
 from open_autoglm.serving.source import Source, find_source
@@ -42,6 +42,7 @@ class ServiceStatus(Model):
     candidate: str
     engine: State
     restarts: int
+    slower: float = Field(0, description="by what share it was made slower, to rehearse")
 
 
 class FleetStatus(Model):
@@ -52,6 +53,14 @@ class FleetStatus(Model):
     canary: Canary
     contest: ContestStatus | None
     events: tuple[Event, ...]
+
+
+class SlowRequest(BaseModel):
+    """Body of ``/admin/slow``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    share: float = Field(ge=0, le=1000, description="that each call of the model takes longer; 0: none")
 
 
 class ProbeRequest(BaseModel):
@@ -66,6 +75,7 @@ def admin_routes(fleet: Fleet) -> APIRouter:
     """Under ``/admin``; whoever may call it is decided in front."""
     router = APIRouter(prefix="/admin", tags=["admin"])
     probing = asyncio.Lock()
+    _add_engine(router, fleet)
 
     @router.get("/fleet", responses=KEY)
     async def show() -> FleetStatus:
@@ -116,6 +126,22 @@ def admin_routes(fleet: Fleet) -> APIRouter:
     return router
 
 
+def _add_engine(router: APIRouter, fleet: Fleet) -> None:
+    """What may be done to the champion's engine itself."""
+
+    @router.post("/renew", responses=RENEWED)
+    async def renew() -> FleetStatus:
+        """Start the champion's engine anew, beside the one that answers until then; 409 as for ``/swap``."""
+        await fleet.renew()
+        return fleet_status(fleet)
+
+    @router.post("/slow", responses=refusals(400, 401, 403, 415, 503))
+    async def slow(body: SlowRequest) -> FleetStatus:
+        """Make the champion's engine slower, to rehearse what follows, until its process is another one."""
+        fleet.slow_down(body.share)
+        return fleet_status(fleet)
+
+
 async def _find(source: str) -> Source:
     return await asyncio.to_thread(find_source, source, Settings())
 
@@ -138,4 +164,5 @@ def _service_status(service: Service) -> ServiceStatus:
         candidate=service.manifest.candidate.id,
         engine=service.engine.state,
         restarts=service.engine.restarts,
+        slower=service.engine.slower,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -49,6 +50,7 @@ class Contest:
         self._every_s = every_s
         self._outcomes: deque[Outcome] = deque(maxlen=_ANSWERS)
         self._lost: list[str] = []
+        self._begin_s = time.monotonic()
         self._verdict: Verdict | None = None
         self._shadow: Shadow | None = None
         self._tasks = [asyncio.create_task(self._judge())]
@@ -114,7 +116,10 @@ class Contest:
             ttft_ms=tuple(one.ttft_ms for one in outcomes if one.ttft_ms is not None),
             e2e_ms=tuple(one.e2e_ms for one in outcomes),
         )
-        return Samples(pairs=self._shadow.evidence().pairs if self._shadow else (), canary=canary)
+        if self._shadow is None:
+            return Samples(canary=canary)
+        shadowed_s = time.monotonic() - self._begin_s
+        return Samples(pairs=self._shadow.evidence().pairs, shadowed_s=shadowed_s, canary=canary)
 
 
 def _tell_bug(task: asyncio.Task[None]) -> None:

@@ -52,6 +52,8 @@ class Engine:
         self.ready: Ready | None = None
         self.load = Load()
         self.restarts = 0
+        self.slower = 0.0
+        """By what share this process was made slower, to rehearse; the next one is not."""
         self.pid: int | None = None
         self.last_words = ""
         """Why the last process ended; empty if none did."""
@@ -107,7 +109,7 @@ class Engine:
                 stdout=log,
                 stderr=log,
             )
-        self.pid = process.pid
+        self.pid, self.slower = process.pid, 0.0
         loop = asyncio.get_running_loop()
         pipe, lines = await loop.create_connection(lambda: _Lines(self._take), sock=ours)
         self._pipe = pipe
@@ -137,7 +139,7 @@ class Engine:
 
     def _lose_all(self) -> None:
         self.load = Load()
-        self.pid = None
+        self.pid, self.slower = None, 0.0
         for queue in self._answers.values():
             queue.put_nowait(None)
 
@@ -173,6 +175,13 @@ class Engine:
             del self._answers[generation.id]
             if not ended:
                 self._send(Command(cancel=generation.id))
+
+    def slow_down(self, share: float) -> None:
+        """Let each call of the model take that share longer while this process lives. Raises EngineLost."""
+        if self.state != "ready":
+            raise EngineLost("the engine is being started again")
+        self._send(Command(slower=share))
+        self.slower = share
 
     def _send(self, command: Command) -> None:
         if self._pipe is not None:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 from open_autoglm.bundle import open_bundle, open_session
@@ -68,7 +69,7 @@ def open_slots(options: EngineOptions, manifest: Manifest) -> tuple[Session, Slo
 
 def serve(line: _Line, scheduler: Scheduler, pause_s: float) -> None:
     """Until the other side has gone. After an answer's first token nothing is computed for ``pause_s``."""
-    told, first = Load(), False
+    told, first, slower = Load(), False, 0.0
     while not line.closed:
         for text in line.read((pause_s if first else 0) if scheduler.busy else None):
             command = Command.model_validate_json(text)
@@ -76,7 +77,12 @@ def serve(line: _Line, scheduler: Scheduler, pause_s: float) -> None:
                 scheduler.add(command.generate)
             if command.cancel is not None:
                 scheduler.cancel(command.cancel)
+            if command.slower is not None:
+                slower = command.slower
+        begin_s = time.perf_counter()
         tokens = tuple(scheduler.step())
+        if slower:
+            time.sleep(slower * (time.perf_counter() - begin_s))
         first = any(token.slot_s is not None for token in tokens)
         load = scheduler.load
         if tokens or load != told:

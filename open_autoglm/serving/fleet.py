@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from open_autoglm.serving.metrics import Board, Figure, Role
 from open_autoglm.serving.service import Service, ServiceOptions, start_service
 from open_autoglm.serving.source import Source
 
+_LOGGER = logging.getLogger(__name__)
+
 _LONGEST_ANSWER_S = 600.0
 """After so long, the engine of one who was replaced is closed, whatever it still answers."""
 _LOOK_S = 0.2
@@ -38,7 +41,9 @@ _LEAST_STAY_S = 1.0
 """Whoever was given a service has begun to ask it by then."""
 _EVENTS = 100
 
-EventKind = Literal["started", "swapped", "rejected", "challenger", "dropped", "promoted", "canary", "judged"]
+EventKind = Literal[
+    "started", "swapped", "rejected", "challenger", "dropped", "promoted", "canary", "judged", "slowed"
+]
 
 
 class Event(Model):
@@ -174,7 +179,12 @@ class Fleet:
             before, self.champion = self.champion, newcomer
             self._give_role(newcomer, "champion")
             self._let_go(before)
-            self._tell("swapped", f"{called(newcomer)} answers instead of {called(before)}", checks)
+            instead = "from a new engine" if source == before.source else f"instead of {called(before)}"
+            self._tell("swapped", f"{called(newcomer)} answers {instead}", checks)
+
+    async def renew(self) -> None:
+        """Let the champion's bundle answer from another engine process. Raises Rejected."""
+        await self.swap(self.champion.source)
 
     async def try_challenger(self, source: Source, canary: Canary) -> None:
         """Let the bundle answer its share beside the champion. Raises Rejected."""
@@ -212,6 +222,18 @@ class Fleet:
                 self._end_contest()
                 self._begin_contest()
             self._tell("canary", _shares(canary))
+
+    def slow_down(self, share: float) -> None:
+        """Make the champion's engine slower by that share, to rehearse what follows; 0: as quick as it is.
+
+        It ends with the engine's process: whoever takes over, or is started in its stead, is not slowed.
+        Raises EngineLost.
+        """
+        self.champion.engine.slow_down(share)
+        how = f"{share:.0%} slower on purpose" if share else "not slowed any more"
+        told = f"{called(self.champion)} is {how}"
+        _LOGGER.warning(told)
+        self._tell("slowed", told)
 
     async def close(self) -> None:
         """End all engines; what they were answering is lost."""

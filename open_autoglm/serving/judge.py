@@ -8,6 +8,10 @@ Who looks at the figures after every pair and stops as soon as they please finds
 none (Armitage, McPherson and Rowe, *J. R. Stat. Soc. A* 132, 1969). So there are a few looks, at fixed
 numbers of pairs, and each is held to its share of the error that all may make together (Bonferroni). A
 verdict depends on the pairs alone and not on when it was asked for.
+
+Where pairs do not come, since somebody is always being answered or nobody asks, the trial ends after a day,
+which has every service's quietest hour. Nothing was shown, so the champion stays. Clients' own answers are no
+way out: the champion gives most of them, and who shares an engine with more callers is slower for it.
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ class Policy(Model):
     errors: int = Field(2, ge=0, description="answers that the challenger may lose")
     slo_ttft_ms: float | None = Field(None, gt=0, description="p95 of the challenger's clients")
     slo_e2e_ms: float | None = Field(None, gt=0, description="the same, to the last token")
+    patience_s: float = Field(
+        86_400, gt=0, description="of a trial with a shadow, after which it is given up as not decided"
+    )
     quality_error: float = Field(0.01, gt=0, lt=1, description="as `error`, for the first tokens")
     rounding_flips: float = Field(
         0.01, ge=0, description="share of first tokens that two paths of one model may give otherwise"
@@ -68,6 +75,7 @@ class Samples(Model):
     """All that is known of a challenger in service."""
 
     pairs: tuple[Pair, ...] = Field((), description="from the shadow, in the order they were run")
+    shadowed_s: float = Field(0, ge=0, description="since the shadow began; 0: there is none")
     canary: Canary = Canary()
 
 
@@ -117,7 +125,18 @@ def judge(
     if quality is not None and quality.chance < policy.quality_error / len(policy.looks):
         evidence = failed.model_copy(update={"quality": quality})
         return Verdict(kind="rollback", reason=_worse_words(quality), evidence=evidence)
-    return _look_at_times(samples.pairs, failed.model_copy(update={"quality": quality}), policy)
+    found = _look_at_times(samples.pairs, failed.model_copy(update={"quality": quality}), policy)
+    if found.kind == "wait" and samples.shadowed_s >= policy.patience_s:
+        return found.model_copy(update={"kind": "rollback", "reason": _undecided_words(samples, found)})
+    return found
+
+
+def _undecided_words(samples: Samples, found: Verdict) -> str:
+    beside_others = sum(pair.complete and not pair.quiet for pair in samples.pairs)
+    return (
+        f"it could not be compared within {samples.shadowed_s / 3600:.3g} hours, keep the incumbent: "
+        f"{found.reason}; during {beside_others} others somebody was being answered"
+    )
 
 
 # ── at once ──────────────────────────────────────────────────────────────────────────────────────

@@ -87,6 +87,9 @@ class Command(Model):
 
     generate: Generation | None = None
     cancel: str | None = None
+    slower: float | None = Field(
+        None, ge=0, description="from now on each call of the model takes this share longer"
+    )
 
 
 class Report(Model):

@@ -138,6 +138,7 @@ class Board:
             gauge("vllm:kv_cache_usage_perc", "Share of the cache that holds tokens, 0 to 1"),
             gauge("autoglm_engine_memory_bytes", "Resident memory of the engine's process"),
             gauge("autoglm_engine_restarts", "Times the engine was started again"),
+            gauge("autoglm_engine_slowed_share", "By what share it was made slower, to rehearse"),
             gauge("autoglm_model_info", "A bundle that answers"),
         )
         """In the order of `State`."""
@@ -151,6 +152,7 @@ class State(NamedTuple):
     cache_use: float
     engine_bytes: int
     restarts: int
+    slower: float
     info: int = 1
 
 

@@ -52,10 +52,11 @@ def refusals(*statuses: int) -> Responses:
 
 
 KEY: Responses = refusals(401, 403)
-ADMIN_BODY: Responses = {
-    **refusals(401, 403, *_BODY),
-    409: {"model": RejectedAnswer, "description": "The bundle was refused, by these checks"},
+_REJECTED: Responses = {
+    409: {"model": RejectedAnswer, "description": "The bundle was refused, by these checks"}
 }
+ADMIN_BODY: Responses = refusals(401, 403, *_BODY) | _REJECTED
+RENEWED: Responses = refusals(400, 401, 403, 415) | _REJECTED
 
 
 def answers(whole: type[BaseModel]) -> Responses:

@@ -150,6 +150,7 @@ def _follower(source: Source, fleet: Fleet, settings: Settings) -> Follower:
         lambda: connect(settings),
         home=settings.home,
         cache=cache_of(settings),
+        every_s=settings.follow_s,
         warning=source.warning,
     )
 

@@ -215,6 +215,7 @@ class Service:
                 cache_use=load.cached_tokens / (self._slots * self.max_tokens),
                 engine_bytes=_resident_bytes(self.engine.pid),
                 restarts=self.engine.restarts,
+                slower=self.engine.slower,
             )
         )
 

@@ -9,6 +9,7 @@ wait for a slot, and what is under way gives way to them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ class ShadowOptions(Model):
     queue: int = Field(8, ge=1, description="prompts that may wait; more are dropped")
     output_tokens: int = Field(64, ge=1, description="of an answer, at most")
     pairs: int = Field(1000, ge=1, description="kept at most, the latest")
+    quiet_wait_s: float = Field(5, ge=0, description="for nobody to be answered, before a pair begins anyway")
 
 
 class Side(Model):
@@ -98,6 +100,7 @@ class Shadow:
         """Replay until cancelled."""
         while True:
             prompt, output_tokens = await self._queue.get()
+            await self._until_quiet()
             while self._clients_wait() or not self._both_ready():
                 await asyncio.sleep(_BUSY_PAUSE_S)
             try:
@@ -118,7 +121,17 @@ class Shadow:
             gave_way=self._gave_way,
         )
 
+    async def _until_quiet(self) -> None:
+        """For a while: who is never quiet still says something, though its times say nothing."""
+        deadline = time.monotonic() + self._options.quiet_wait_s
+        while self._clients_answered() and time.monotonic() < deadline:
+            await asyncio.sleep(_BUSY_PAUSE_S)
+
     # ── one pair ─────────────────────────────────────────────────────────────────────────────────
+
+    def _clients_answered(self) -> bool:
+        services = (self._champion, self._challenger)
+        return any(service.begun > service.ended for service in services)
 
     def _clients_wait(self) -> bool:
         return self._champion.engine.load.waiting > 0 or self._challenger.engine.load.waiting > 0
@@ -129,8 +142,7 @@ class Shadow:
     async def _pair(self, prompt: tuple[int, ...], output_tokens: int) -> Pair:
         """Raises GaveWay."""
         services = (self._champion, self._challenger)
-        begun = sum(service.begun for service in services)
-        idle = begun == sum(service.ended for service in services)
+        begun, idle = sum(service.begun for service in services), not self._clients_answered()
         # By the pairs whose times count, or the order of those would not be balanced.
         champion_first = self._quiet_pairs % 2 == 0
         found: dict[int, Replay | ErrorCode] = {}

@@ -161,7 +161,7 @@ $(LLAMA_SERVER):
 	@cmake -S $(LLAMA_SOURCE)/vendor/llama.cpp -B $(LLAMA_SOURCE)/build -DCMAKE_BUILD_TYPE=Release \
 	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
 	  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF > $(@D)/llama-server.log
-	@cmake --build $(LLAMA_SOURCE)/build --target llama-server --parallel >> $(@D)/llama-server.log
+	@cmake --build $(LLAMA_SOURCE)/build --target llama-server --parallel $$(nproc) >> $(@D)/llama-server.log
 	@cp $(LLAMA_SOURCE)/build/bin/llama-server $@
 
 CANDIDATE ?=

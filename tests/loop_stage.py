@@ -121,6 +121,7 @@ class Stage:
     settings: Settings
     server: Endpoint
     shelf: Shelf
+    slower_percent: float = 2000
     _begin_s: float = field(default_factory=time.monotonic)
 
     def mark(self, what: str) -> None:
@@ -135,6 +136,11 @@ class Stage:
         assert said.exit_code == 0, said.output
         self.mark(f"open-autoglm {' '.join(arguments)}: {said.output.strip()}")
         return said.output
+
+    def slower(self) -> None:
+        """Half as slow again."""
+        self.slower_percent *= 1.5
+        self.command("slow", "--by", f"{self.slower_percent:.0f}%")
 
     def prefect(self, path: str, body: Mapping[str, Any]) -> Any:
         """Asked again where the database is busy, as Prefect's own clients do it."""

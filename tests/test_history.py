@@ -79,7 +79,7 @@ def counted(*watched: Watched, end: float = 120, role: Role = "champion") -> Lat
 
 
 def show(metrics: Metrics, *, engine_bytes: int = 100, restarts: int = 0) -> None:
-    metrics.show(State(0, 0, 0.0, engine_bytes, restarts))
+    metrics.show(State(0, 0, 0.0, engine_bytes, restarts, slower=0))
 
 
 def answer(metrics: Metrics, count: int = 1) -> None:

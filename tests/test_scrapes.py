@@ -38,7 +38,7 @@ class Scraped:
 
     def champion(self, version: str) -> Metrics:
         metrics = self.board.of(version, f"digest-{version}", "champion")
-        metrics.show(State(0, 0, 0.0, engine_bytes=100, restarts=0))
+        metrics.show(State(0, 0, 0.0, engine_bytes=100, restarts=0, slower=0))
         return metrics
 
     def at(self, second: float, *, up: bool = True) -> None:

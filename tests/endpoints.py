@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+
+from open_autoglm.serving.local import local_endpoints
 
 _URL = re.compile(r"at (https?://\S+)/v1")
 _START_S = 120
@@ -102,6 +105,15 @@ def endpoint(bundle: Path, home: Path, *options: str, **more: Any) -> Iterator[E
         yield server
     finally:
         server.stop(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def administration(served: Endpoint) -> Iterator[httpx.Client]:
+    """A client with the server's own key."""
+    (here,) = local_endpoints(served.home)
+    headers = {"Authorization": f"Bearer {here.token}"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=60) as client:
+        yield client
 
 
 def engine_of(served: Endpoint) -> psutil.Process:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from bundles import onnxruntime_bundle
 from click.testing import CliRunner, Result
-from endpoints import Endpoint, endpoint, metric
+from endpoints import Endpoint, administration, endpoint, metric
 
 from open_autoglm.bundle import open_bundle
 from open_autoglm.cli.main import cli
@@ -43,9 +43,7 @@ def served(bundles: tuple[Path, Path], tmp_path: Path) -> Iterator[Endpoint]:
 @pytest.fixture
 def admin(served: Endpoint) -> Iterator[httpx.Client]:
     """By the token that the server leaves for its own user's commands."""
-    (here,) = local_endpoints(served.home)
-    headers = {"Authorization": f"Bearer {here.token}"}
-    with httpx.Client(base_url=served.url, headers=headers, timeout=60) as client:
+    with administration(served) as client:
         yield client
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from endpoints import Endpoint, endpoint, engine_of, metric, slowed
+from endpoints import Endpoint, administration, endpoint, engine_of, metric, slowed
 from windows import QUIET, host, window
 
 from open_autoglm.bundle import open_bundle
@@ -20,7 +20,6 @@ from open_autoglm.monitoring.golden import golden_shape, study_baseline
 from open_autoglm.monitoring.golden_ratios import golden_ratios
 from open_autoglm.monitoring.policy import CausePolicy
 from open_autoglm.schemas import EndpointProbe, GoldenTimes, RequestShape
-from open_autoglm.serving.local import local_endpoints
 
 NAME = "tiny"
 
@@ -34,9 +33,7 @@ def served(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def admin(served: Endpoint) -> Iterator[httpx.Client]:
-    (here,) = local_endpoints(served.home)
-    headers = {"Authorization": f"Bearer {here.token}"}
-    with httpx.Client(base_url=served.url, headers=headers, timeout=60) as client:
+    with administration(served) as client:
         yield client
 
 

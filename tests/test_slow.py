@@ -13,12 +13,11 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner, Result
-from endpoints import Endpoint, endpoint, metric
+from endpoints import Endpoint, administration, endpoint, metric
 from prometheus_server import wait_for
 
 from open_autoglm.cli.main import cli
 from open_autoglm.errors import UserError
-from open_autoglm.serving.local import local_endpoints
 
 NAME = "tiny"
 SHARE = "autoglm_engine_slowed_share"
@@ -33,9 +32,7 @@ def served(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def admin(served: Endpoint) -> Iterator[httpx.Client]:
-    (here,) = local_endpoints(served.home)
-    headers = {"Authorization": f"Bearer {here.token}"}
-    with httpx.Client(base_url=served.url, headers=headers, timeout=60) as client:
+    with administration(served) as client:
         yield client
 
 

@@ -12,9 +12,12 @@ import json
 import logging
 import os
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from open_autoglm.settings import Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 POOL = "cpu-pool"
+_PATIENCE_S = 30.0
+"""With a database that others write to."""
 
 log = logging.getLogger("stack")
 
@@ -133,14 +138,24 @@ def is_flow_process(pid: str | None) -> bool:
 
 
 def ask_prefect(settings: Settings, path: str, body: Mapping[str, Any]) -> Any:
-    """POST to Prefect's REST API. Raises OSError if it refuses or does not answer."""
+    """POST to Prefect's REST API, again while its database is busy (503), as Prefect's own clients do.
+
+    Raises OSError if it refuses or does not answer.
+    """
     request = urllib.request.Request(
         f"{settings.prefect_url}/api/{path}",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)
+    patient_until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > patient_until:
+                raise
+        time.sleep(0.5)
 
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from uuid import uuid4
 
 import httpx
@@ -143,19 +141,7 @@ class Stage:
         self.command("slow", "--by", f"{self.slower_percent:.0f}%")
 
     def prefect(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Asked again where the database is busy, as Prefect's own clients do it."""
-        answers: list[Any] = []
-
-        def asked() -> bool:
-            try:
-                answers.append(stack.ask_prefect(self.settings, path, body))
-            except HTTPError as error:
-                if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
-                    raise
-            return bool(answers)
-
-        wait_for(asked, PATIENCE_S, every_s=0.5)
-        return answers[0]
+        return stack.ask_prefect(self.settings, path, body)
 
     def metrics(self) -> str:
         return httpx.get(f"{self.server.url}/metrics").text

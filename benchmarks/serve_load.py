@@ -1,15 +1,16 @@
 """The load generator: completions asked over HTTP/1.1, timed as a client sees them.
 
 It runs in a process of its own (:func:`run` is a job of :mod:`open_autoglm.measure.isolation`) and shares the
-host with the server it asks, so it does as little as it can: sockets, no HTTP library, no JSON of the pieces
-on their way. What it cost is part of its answer.
+host with the server it asks, so it does as little as it can: a thread that waits in the kernel for each
+request under way, no HTTP library, no JSON of the pieces on their way. What it cost is part of its answer.
 """
 
 from __future__ import annotations
 
-import asyncio
+import socket
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -20,9 +21,10 @@ from open_autoglm.schemas import Model
 
 PREFIX = __name__
 
-_LINE_BYTES = 1 << 20
 _KEPT_BYTES = 8192
 """Of an answer's end, where its usage stands."""
+_MOST_AT_ONCE = 4096
+"""Requests under way where they arrive by the clock: more than any server here takes in."""
 
 LOST = 0
 """Status of a request whose connection broke before it was answered."""
@@ -68,7 +70,7 @@ class Load(Model):
 def run(job: LoadJob) -> Load:
     """Ask all requests and wait for every answer."""
     cpu, begin = time.process_time(), time.perf_counter()
-    answers = asyncio.run(_ask_all(job))
+    answers = _ask_all(job)
     return Load(
         answers=tuple(answers),
         wall_ms=(time.perf_counter() - begin) * 1e3,
@@ -76,64 +78,65 @@ def run(job: LoadJob) -> Load:
     )
 
 
-async def _ask_all(job: LoadJob) -> list[Answer]:
-    clients, begin = _Clients(job.port, job.path), time.perf_counter()
-    if job.arrivals_s is None:
-        answers = await _closed_loop(clients, job, begin)
-    else:
-        arrivals = zip(job.bodies, job.arrivals_s, strict=True)
-        answers = await asyncio.gather(*(clients.ask_at(body, begin, due) for body, due in arrivals))
+def _ask_all(job: LoadJob) -> list[Answer]:
+    begin = time.perf_counter()
+    clients = _Clients(job.port, job.path, begin)
+    with ThreadPoolExecutor(job.streams if job.arrivals_s is None else _MOST_AT_ONCE) as pool:
+        if job.arrivals_s is None:  # whoever has an answer asks what is next
+            asked = [pool.submit(clients.ask, body) for body in job.bodies]
+        else:
+            asked = []
+            for body, due_s in zip(job.bodies, job.arrivals_s, strict=True):
+                time.sleep(max(0.0, begin + due_s - time.perf_counter()))
+                asked.append(pool.submit(clients.ask, body))
+        answers = [future.result() for future in asked]
     clients.close()
     return answers
-
-
-async def _closed_loop(clients: _Clients, job: LoadJob, begin: float) -> list[Answer]:
-    """``streams`` clients, each of whom asks again as soon as it has its answer."""
-    found: dict[int, Answer] = {}
-
-    async def client(waiting: Iterator[tuple[int, str]]) -> None:
-        for number, body in waiting:
-            found[number] = await clients.ask(body, begin)
-
-    waiting = iter(enumerate(job.bodies))
-    await asyncio.gather(*(client(waiting) for _ in range(job.streams)))
-    return [found[number] for number in sorted(found)]
 
 
 class _Clients:
     """Connections to one server, kept open and used again."""
 
-    def __init__(self, port: int, path: str) -> None:
+    def __init__(self, port: int, path: str, begin: float) -> None:
         self._port = port
         self._path = path
+        self._begin = begin
         self._idle: list[_Connection] = []
 
-    async def ask_at(self, body: str, begin: float, due_s: float) -> Answer:
-        await asyncio.sleep(begin + due_s - time.perf_counter())
-        return await self.ask(body, begin)
-
-    async def ask(self, body: str, begin: float) -> Answer:
+    def ask(self, body: str) -> Answer:
         asked = time.perf_counter()
         try:
-            return await self._ask(body.encode(), begin, asked)
-        except (OSError, asyncio.IncompleteReadError) as error:
+            return self._ask(body.encode(), asked)
+        except OSError as error:
             told = f"{type(error).__name__}: {error}"
-            return Answer(status=LOST, begin_ms=(asked - begin) * 1e3, error=told)
+            return Answer(status=LOST, begin_ms=(asked - self._begin) * 1e3, error=told)
 
-    async def _ask(self, body: bytes, begin: float, asked: float) -> Answer:
+    def _ask(self, body: bytes, asked: float) -> Answer:
         """Over an idle connection if there is one; a server may have closed that without saying so."""
-        while self._idle:
-            connection = self._idle.pop()
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return self._over(_Connection(self._port), body, asked)
             if connection.open:
                 with suppress(Unused):
-                    return await self._over(connection, body, begin, asked)
-        return await self._over(await _Connection.to(self._port), body, begin, asked)
+                    return self._over(connection, body, asked)
 
-    async def _over(self, connection: _Connection, body: bytes, begin: float, asked: float) -> Answer:
-        answer = await connection.ask(self._path, body, begin, asked)
+    def _over(self, connection: _Connection, body: bytes, asked: float) -> Answer:
+        try:
+            status, content, first, last = connection.ask(self._path, body)
+        except OSError:
+            connection.close()
+            raise
         if connection.open:
             self._idle.append(connection)
-        return answer
+        return Answer(
+            status=status,
+            begin_ms=(asked - self._begin) * 1e3,
+            ttft_ms=(first - asked) * 1e3,
+            e2e_ms=(last - asked) * 1e3,
+            **_told(status, content),
+        )
 
     def close(self) -> None:
         for connection in self._idle:
@@ -147,59 +150,78 @@ class Unused(OSError):
 class _Connection:
     """One connection: a request, its answer, the next request (RFC 9112)."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._answers = self._socket.makefile("rb")
         self._last = False
 
     @property
     def open(self) -> bool:
         """Whether another request may be sent, as far as is known."""
-        return not (self._last or self._reader.at_eof())
-
-    @classmethod
-    async def to(cls, port: int) -> _Connection:
-        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=_LINE_BYTES))
+        if self._last:
+            return False
+        with suppress(BlockingIOError):
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self.close()  # it is at its end, or holds what nobody asked for
+        return not self._last
 
     def close(self) -> None:
-        self._writer.close()
+        self._last = True
+        self._answers.close()
+        self._socket.close()
 
-    async def ask(self, path: str, body: bytes, begin: float, asked: float) -> Answer:
-        """The answer. Raises OSError, Unused or IncompleteReadError if the connection breaks."""
-        self._writer.write(
+    def ask(self, path: str, body: bytes) -> tuple[int, bytes, float, float]:
+        """Status, end of the content, and when its first and its last part were here.
+
+        Raises OSError or Unused if the connection breaks.
+        """
+        self._socket.sendall(
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        status, headers = await self._head()
+        status, headers = self._head()
         first, last, content = 0.0, 0.0, b""
-        async for part in self._parts(headers):
+        for part in self._parts(headers):
             last = time.perf_counter()
             first = first or last
             content = content[-_KEPT_BYTES:] + part
-        self._last = headers.get("connection", "").lower() == "close"
-        if self._last:
+        if headers.get("connection", "").lower() == "close":
             self.close()
-        times = {"begin_ms": (asked - begin) * 1e3, "ttft_ms": (first - asked) * 1e3}
-        return Answer(status=status, e2e_ms=(last - asked) * 1e3, **times, **_told(status, content))
+        return status, content, first, last
 
-    async def _head(self) -> tuple[int, dict[str, str]]:
+    def _head(self) -> tuple[int, dict[str, str]]:
         try:
-            head = await self._reader.readuntil(b"\r\n\r\n")
-        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            status = int(self._line().split()[1])
+        except ConnectionError as error:
             raise Unused(f"closed without an answer: {error}") from error
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = dict(line.split(": ", 1) for line in lines if ": " in line)
-        return int(first.split()[1]), {name.lower(): value for name, value in headers.items()}
+        headers = {}
+        while line := self._line():
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        return status, headers
 
-    async def _parts(self, headers: Mapping[str, str]) -> Any:
+    def _parts(self, headers: Mapping[str, str]) -> Iterator[bytes]:
         """The body as it comes."""
         if headers.get("transfer-encoding", "").lower() != "chunked":
-            yield await self._reader.readexactly(int(headers.get("content-length", "0")))
+            yield self._exactly(int(headers.get("content-length", "0")))
             return
-        while size := int(await self._reader.readuntil(b"\r\n"), 16):
-            yield (await self._reader.readexactly(size + 2))[:-2]
-        await self._reader.readuntil(b"\r\n")
+        while size := int(self._line(), 16):
+            yield self._exactly(size + 2)[:-2]
+        self._line()
+
+    def _line(self) -> bytes:
+        line = self._answers.readline()
+        if not line.endswith(b"\r\n"):
+            raise ConnectionError("the connection was closed in the middle of an answer")
+        return line[:-2]
+
+    def _exactly(self, size: int) -> bytes:
+        found = self._answers.read(size)
+        if len(found) < size:
+            raise ConnectionError("the connection was closed in the middle of an answer")
+        return found
 
 
 def _told(status: int, content: bytes) -> dict[str, Any]:

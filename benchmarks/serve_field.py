@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
     output_tokens: int = 64
     heats: int = 5
     streams: tuple[int, ...] = (1, 2, 4, 8)
-    pairs: int = 240
+    pairs: int = 480
     """Prompts by which the endpoint and the bare engine are compared, the first of each few not counted."""
 
     @property

@@ -165,8 +165,9 @@ $(LLAMA_SERVER):
 	@cp $(LLAMA_SOURCE)/build/bin/llama-server $@
 
 CANDIDATE ?=
-bench-serve: $(READY) $(DEMO)/config.json ## The endpoint against llama.cpp's server and hand-tuned torch (12 minutes; first: make peers llama-server)
-	$(BIN)/python -m benchmarks.serve $(DEMO) $(if $(CANDIDATE),--candidate $(CANDIDATE))
+HEATS ?=
+bench-serve: $(READY) $(DEMO)/config.json ## The endpoint against llama.cpp's server and hand-tuned torch (8 minutes, 16 with HEATS=12; first: make peers llama-server)
+	$(BIN)/python -m benchmarks.serve $(DEMO) $(if $(CANDIDATE),--candidate $(CANDIDATE)) $(if $(HEATS),--heats $(HEATS))
 
 BUNDLE ?= $(lastword $(sort $(wildcard $(AUTOGLM_HOME)/studies/*/bundle)))
 bench-soak: $(READY) ## 10,000 requests to the endpoint of BUNDLE (default: the newest study's) at twice its capacity

@@ -229,6 +229,7 @@ def status() -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # each question to a server that starts is a line
     try:
         cli()
     except UserError as error:

@@ -11,7 +11,7 @@ from windows import window
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.answer import is_curable, observed, once_key, reoptimization
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
-from open_autoglm.monitoring.picture import watch_figure
+from open_autoglm.monitoring.picture import draw_windows, watch_figure
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas import Cause, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
 
@@ -116,3 +116,14 @@ def test_the_last_windows_are_drawn() -> None:
     slo = Slo(ttft_p95_ms=500)
     for judgements in ([], [judged("ok", 1), judged("breached", 2)]):
         assert watch_figure(judgements, slo).startswith(b"\x89PNG")
+
+
+def test_a_single_window_is_drawn_in_its_time() -> None:
+    """And not amid years; what was promised of whole answers is drawn, too."""
+    seen = window().model_copy(update={"begin": NOW - timedelta(minutes=15), "end": NOW})
+    panels = draw_windows([judged("ok", 1, seen)], Slo(e2e_p95_ms=500)).axes
+    assert [axes.get_ylabel() for axes in panels] == ["TTFT ms", "TPOT ms", "E2E ms"]
+    for begin_days, end_days in (axes.get_xlim() for axes in panels):
+        assert 16 <= (end_days - begin_days) * 24 * 60 < 20
+    promises = [[line for line in axes.get_lines() if line.get_linestyle() == "--"] for axes in panels]
+    assert [len(lines) for lines in promises] == [0, 0, 1]

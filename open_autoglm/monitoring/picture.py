@@ -24,8 +24,9 @@ def watch_figure(judgements: Sequence[Judgement], slo: Slo) -> bytes:
 
 
 def draw_windows(judgements: Sequence[Judgement], slo: Slo) -> Figure:
-    """TTFT, TPOT and the whole answer of each window: a dot for the p95, blue where all was well and orange at
-    a breach, a bar for the mean. A dashed line is the promise, and a gap is a time of which nothing is known."""
+    """TTFT, TPOT and the whole answer of each window: a dot for the p95, blue where all was well and orange
+    at a breach, a bar for the mean. A dashed line is the promise; a gap is a time of which nothing is known.
+    """
     figure, panels = canvas(11.0, 3.2, "png", columns=len(_STAGES), one_scale=False)
     limits = {"ttft": slo.ttft_p95_ms, "tpot": slo.tpot_p95_ms, "e2e": slo.e2e_p95_ms}
     for axes, stage in zip(panels, _STAGES, strict=True):

@@ -11,6 +11,7 @@ from windows import window
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.answer import is_curable, observed, once_key, reoptimization
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
+from open_autoglm.monitoring.diagnosis import remember_good_times
 from open_autoglm.monitoring.picture import draw_windows, watch_figure
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas import Cause, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
@@ -109,6 +110,17 @@ def test_the_window_before_a_breach_is_not_its_first(tmp_path: Path, states: tup
     assert after is not None
     assert after.requests == 9
     assert store.good_window("another", 2) is None
+
+
+def test_a_window_that_breaks_a_promise_is_no_good_time(tmp_path: Path) -> None:
+    """Although a first one is no breach: a probe taken then would hide what is wrong ever after. In a good
+    one a probe is tried, here of nobody."""
+    watch, store = read_watch_spec(EXAMPLE), WatchStore(tmp_path, "m")
+    well, slow = judged("ok", 1), judged("ok", 2, window(read_ms=3000))
+    tried = remember_good_times(watch, well, store, tmp_path)
+    assert tried is not None
+    assert tried.startswith("no endpoint of this user")
+    assert remember_good_times(watch, slow, store, tmp_path) is None
 
 
 def test_the_last_windows_are_drawn() -> None:

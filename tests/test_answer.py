@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from watched import window as steady_window
 from windows import window
 
 from open_autoglm.errors import UserError
@@ -116,7 +117,7 @@ def test_a_window_that_breaks_a_promise_is_no_good_time(tmp_path: Path) -> None:
     """Although a first one is no breach: a probe taken then would hide what is wrong ever after. In a good
     one a probe is tried, here of nobody."""
     watch, store = read_watch_spec(EXAMPLE), WatchStore(tmp_path, "m")
-    well, slow = judged("ok", 1), judged("ok", 2, window(read_ms=3000))
+    well, slow = judged("ok", 1), judged("ok", 2, steady_window(slower=50))
     tried = remember_good_times(watch, well, store, tmp_path)
     assert tried is not None
     assert tried.startswith("no endpoint of this user")

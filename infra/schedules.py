@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from http import HTTPStatus
 from typing import Any
 
@@ -12,6 +13,8 @@ from open_autoglm.settings import Settings
 
 _DEPLOYMENT = "regression/regression"
 _ANSWER_S = 30.0
+_PATIENCE_S = 30.0
+"""With a database that others write to: Prefect says 503 then, and its own clients ask again."""
 
 
 def look_every(settings: Settings, service: str, seconds: float) -> None:
@@ -46,12 +49,15 @@ def _deployment(prefect: httpx.Client) -> Any:
 
 
 def _answer(prefect: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
-    try:
-        answer = prefect.request(method, path, json=body)
-    except httpx.TransportError as error:
-        raise UserError(
-            f"Prefect does not answer at {prefect.base_url}: {error}; start it: make up"
-        ) from None
+    patient_until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            answer = prefect.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise UserError(f"Prefect does not answer at {prefect.base_url}: {error}: make up") from None
+        if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > patient_until:
+            break
+        time.sleep(0.5)
     if answer.status_code == HTTPStatus.NOT_FOUND:
         raise UserError(f"Prefect at {prefect.base_url} has no deployment {_DEPLOYMENT}: make up deploys it")
     if answer.is_error:

@@ -22,7 +22,7 @@ from tasks.register import admit_incumbent, begin_record, recorded, register
 SIDE_BY_SIDE = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
 
 
-@flow(name="optimize", task_runner=SIDE_BY_SIDE, flow_run_name="optimize-{spec.model_path}")
+@flow(name="optimize", task_runner=SIDE_BY_SIDE, flow_run_name="optimize-{spec.called}")
 def optimize(spec: OptimizeSpec) -> Study:
     """Load, analyse, plan; export and screen, and search around the best; evaluate until all places are
     taken, race, final, register.

@@ -9,7 +9,7 @@ from open_autoglm.schemas import Outcome, Reoptimization, Study
 from tasks.deploy import approved, challenge, decide, publish_outcome, renew, run_study
 
 
-@flow(name="reoptimize", flow_run_name="reoptimize-{request.spec.model_path}")
+@flow(name="reoptimize", flow_run_name="reoptimize-{request.spec.called}")
 def reoptimize(request: Reoptimization) -> Outcome:
     """Climb the ladder until a rung has an answer; its winner earns its place behind a canary, or goes back.
 

@@ -1,6 +1,6 @@
 """The local stack: Prefect's server, MLflow's server and one worker, all on loopback.
 
-    python infra/stack.py up | up-monitoring | slo | down | status
+    python infra/stack.py up | up-monitoring | slo | watch | down | status
 
 State is kept under ``$AUTOGLM_HOME``; ports are ``AUTOGLM_PREFECT_PORT`` and ``AUTOGLM_MLFLOW_PORT``, and of
 the monitoring ``AUTOGLM_PROMETHEUS_PORT``, ``AUTOGLM_ALERTMANAGER_PORT`` and ``AUTOGLM_ALERT_BRIDGE_PORT``.
@@ -25,13 +25,16 @@ import click
 import monitoring
 import psutil
 from processes import HOST, Processes, Service
+from schedules import look_every, stop_looking
 
 from open_autoglm.cli.prefect_server import is_up
 from open_autoglm.errors import UserError
+from open_autoglm.monitoring.config import read_watch_spec, watch_file
 from open_autoglm.monitoring.rules import write_slo
 from open_autoglm.progress import LOGGER
 from open_autoglm.schemas import Slo
 from open_autoglm.settings import Settings
+from open_autoglm.units import Duration
 
 PROJECT = Path(__file__).resolve().parent.parent
 POOL = "cpu-pool"
@@ -207,6 +210,34 @@ def slo(service: str, **promised: float | None) -> None:
     log.info("%s is compared with %s", service, path)
 
 
+@cli.command()
+@click.argument("service")
+@click.option("--every", help="Such as 15min.  [default: the window that its file says]")
+@click.option("--stop", is_flag=True, help="Do not look any more.")
+def watch(service: str, every: str | None, stop: bool) -> None:
+    """Let `regression` look at SERVICE regularly, as AUTOGLM_HOME/watches/SERVICE.yaml says."""
+    settings = Settings()
+    if stop:
+        stopped = stop_looking(settings, service)
+        log.info("%s %s", service, "is not looked at any more" if stopped else "was not looked at from here")
+        return
+    window = read_watch_spec(watch_file(service, settings.home)).judge.window
+    interval = _duration(every) if every else window
+    if interval.ms < window.ms:
+        raise UserError(
+            f"--every: a window is {window} long, and those that overlap are not judged: wait as long"
+        )
+    look_every(settings, service, interval.ms / 1000)
+    log.info("%s is looked at every %s: %s/deployments", service, interval, settings.prefect_url)
+
+
+def _duration(text: str) -> Duration:
+    try:
+        return Duration(text)
+    except ValueError as error:
+        raise UserError(f"--every: {error}") from None
+
+
 def bring_up(processes: Processes, wanted: Sequence[Service]) -> None:
     """Start services side by side and wait for all of them."""
     for service in wanted:
@@ -244,6 +275,7 @@ def status() -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # each question to a server that starts is a line
     try:
         cli()
     except UserError as error:

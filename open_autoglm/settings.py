@@ -61,6 +61,10 @@ class Settings(BaseSettings):
         object.__setattr__(self, "home", self.home.expanduser().absolute())
         return self
 
+    def shown(self, path: Path) -> Path:
+        """For people: what lies under `home` from its name on, and other places whole."""
+        return path.relative_to(self.home.parent) if path.is_relative_to(self.home) else path
+
     @property
     def exports(self) -> Path:
         return self.home / "exports"

@@ -40,7 +40,7 @@ def run_study(rung: Rung, spec: OptimizeSpec) -> Study:
     """
     output = Settings().studies / f"reoptimize-{flow_run.get_id()}-{rung}"
     asked = spec.model_copy(update={"output": str(output)})
-    announce(f"rung {rung}: a study in {output}")
+    announce(f"rung {rung}: a study in {Settings().shown(output)}")
     run = cast(
         FlowRun,
         run_deployment(

@@ -36,5 +36,5 @@ def open_directory(spec: OptimizeSpec, checkpoint: Checkpoint, hardware: Hardwar
     """Begin the study or find the one that was interrupted."""
     output = Path(spec.output).expanduser() if spec.output else None
     study = open_study(spec, checkpoint, hardware, Settings(), output)
-    announce(f"study {study.id} in {study.root}")
+    announce(f"study {study.id} in {Settings().shown(study.root)}")
     return study

@@ -6,12 +6,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from watched import window as steady_window
 from windows import window
 
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.answer import is_curable, observed, once_key, reoptimization
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
-from open_autoglm.monitoring.picture import watch_figure
+from open_autoglm.monitoring.diagnosis import remember_good_times
+from open_autoglm.monitoring.picture import draw_windows, watch_figure
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas import Cause, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
 
@@ -111,8 +113,30 @@ def test_the_window_before_a_breach_is_not_its_first(tmp_path: Path, states: tup
     assert store.good_window("another", 2) is None
 
 
+def test_a_window_that_breaks_a_promise_is_no_good_time(tmp_path: Path) -> None:
+    """Although a first one is no breach: a probe taken then would hide what is wrong ever after. In a good
+    one a probe is tried, here of nobody."""
+    watch, store = read_watch_spec(EXAMPLE), WatchStore(tmp_path, "m")
+    well, slow = judged("ok", 1), judged("ok", 2, steady_window(slower=50))
+    tried = remember_good_times(watch, well, store, tmp_path)
+    assert tried is not None
+    assert tried.startswith("no endpoint of this user")
+    assert remember_good_times(watch, slow, store, tmp_path) is None
+
+
 def test_the_last_windows_are_drawn() -> None:
     """With times, and without any."""
     slo = Slo(ttft_p95_ms=500)
     for judgements in ([], [judged("ok", 1), judged("breached", 2)]):
         assert watch_figure(judgements, slo).startswith(b"\x89PNG")
+
+
+def test_a_single_window_is_drawn_in_its_time() -> None:
+    """And not amid years; what was promised of whole answers is drawn, too."""
+    seen = window().model_copy(update={"begin": NOW - timedelta(minutes=15), "end": NOW})
+    panels = draw_windows([judged("ok", 1, seen)], Slo(e2e_p95_ms=500)).axes
+    assert [axes.get_ylabel() for axes in panels] == ["TTFT ms", "TPOT ms", "E2E ms"]
+    for begin_days, end_days in (axes.get_xlim() for axes in panels):
+        assert 16 <= (end_days - begin_days) * 24 * 60 < 20
+    promises = [[line for line in axes.get_lines() if line.get_linestyle() == "--"] for axes in panels]
+    assert [len(lines) for lines in promises] == [0, 0, 1]

@@ -77,6 +77,20 @@ def test_what_a_study_comes_to(study: Study, kind: str, further: bool) -> None:
 # ── the flow ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(
+    ("path", "registered", "called"),
+    [
+        ("/home/somebody/models/demo-glm/", None, "demo-glm"),
+        ("zai-org/glm-4-9b-chat-hf", None, "glm-4-9b-chat-hf"),
+        (".", None, "."),
+        ("/home/somebody/models/demo-glm", "chat", "chat"),
+    ],
+)
+def test_a_request_is_called_without_its_path(path: str, registered: str | None, called: str) -> None:
+    """Runs are listed by that name."""
+    assert OptimizeSpec(model_path=path, register_as=registered).called == called
+
+
 @pytest.fixture(scope="module")
 def shelf(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
     home = tmp_path_factory.mktemp("home")
@@ -112,13 +126,15 @@ def test_a_winner_is_tried_beside_the_champion(shelf: Shelf, monkeypatch: pytest
     """The lower rung had no answer; of the higher one's, the champion's alias hears nothing."""
     name = shelf.register("climbed", 2)
     studies = Studies(infeasible_study(), winner(name, "2"))
-    outcome = run(monkeypatch, studies, request(highest_rung="prune"))
+    spec = SPEC.model_copy(update={"register_as": name})
+    outcome = run(monkeypatch, studies, request(spec=spec, highest_rung="prune"))
     assert outcome.kind == "challenger"
     assert [rung for rung, _ in studies.asked] == ["quantise", "prune"]
     assert shelf.aliases(name) == {"champion": "1", "challenger": "2"}
     assert shelf.tracker.aliases(name).canary == SHARE
     (event,) = shelf.tracker.events(name, 5)
     assert (event.kind, event.by, event.reason) == ("canary", "reoptimize", "TTFT is 30 % up")
+    assert "reoptimize-climbed" in names_of_runs()
 
 
 @pytest.mark.usefixtures("prefect_harness")
@@ -153,6 +169,13 @@ def test_who_stays_gets_a_new_engine(shelf: Shelf, monkeypatch: pytest.MonkeyPat
     assert "Its engine was started anew: version 1 answers from a new engine." in outcome.told
     assert (champion["version"], champion["slower"]) == ("1", 0)
     assert shelf.aliases(name) == {"champion": "1"}
+
+
+def names_of_runs() -> set[str]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return {found.name for found in client.read_flow_runs()}
 
 
 def answer(form: dict[str, Any]) -> None:

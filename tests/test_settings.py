@@ -53,6 +53,13 @@ def test_home_is_absolute_however_it_was_given(project: Path, monkeypatch: pytes
     assert Settings(home=Path("here")).mlflow_uri == f"sqlite:///{project}/here/mlflow.db"
 
 
+def test_what_is_kept_at_home_is_shown_from_there_on(tmp_path: Path) -> None:
+    """A log is read in a browser, too, where the directories above say nothing."""
+    settings = Settings(home=tmp_path / HOME_NAME)
+    assert settings.shown(settings.studies / "one") == Path(HOME_NAME, "studies", "one")
+    assert settings.shown(Path("/elsewhere/one")) == Path("/elsewhere/one")
+
+
 def test_a_tracking_server_replaces_the_database() -> None:
     """The database inside home is used only if no address is given."""
     assert Settings(tracking_uri="http://127.0.0.1:5000").mlflow_uri == "http://127.0.0.1:5000"

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,9 @@ def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home", prefect_port=free_port(), mlflow_port=free_port())
     environment = stack.environment(settings)
 
-    def run(command: str) -> int:
+    def run(*command: str) -> int:
         script = REPOSITORY / "infra" / "stack.py"
-        return subprocess.run([sys.executable, script, command], env=environment, cwd=tmp_path).returncode
+        return subprocess.run([sys.executable, script, *command], env=environment, cwd=tmp_path).returncode
 
     def ask(path: str, body: dict[str, Any]) -> Any:
         return stack.ask_prefect(settings, path, body)
@@ -202,6 +202,15 @@ def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:
         assert [schedule["active"] for schedule in deployment["schedules"]] == [True]
         assert deployment["parameters"] == {"spec": {"model_path": f"{settings.home}/demo-glm"}}
 
+        watched = settings.home / "watches" / "chat.yaml"
+        watched.parent.mkdir()
+        watched.write_text(
+            "{service: chat, endpoint: 'http://127.0.0.1:1', slo: {}, optimize: {model_path: m}}"
+        )
+        assert run("watch", "chat", "--every", "20min") == 0
+        assert run("watch", "chat") == 0  # as often as its window is long
+        assert run("watch", "chat", "--every", "1min") == 2
+
         orphan = ask(f"deployments/{deployment['id']}/create_flow_run", {"state": {"type": "PENDING"}})
         worker = json.loads((settings.home / "run" / "worker.json").read_text())["pid"]
         os.kill(worker, signal.SIGKILL)
@@ -209,8 +218,20 @@ def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:
         assert run("up") == 0
         (found,) = ask("flow_runs/filter", {"flow_runs": {"id": {"any_": [orphan["id"]]}}})
         assert found["state_type"] == "CRASHED"
+        assert looks(ask) == {"quarter-hourly": ({}, None), "watch-chat": ({"config": "chat"}, 900)}
+        assert run("watch", "chat", "--stop") == 0
+        assert looks(ask) == {"quarter-hourly": ({}, None)}
     finally:
         assert run("down") == 0
     assert not processes.is_taken(settings.prefect_port)
     assert not processes.is_taken(settings.mlflow_port)
     assert [path.name for path in (settings.home / "run").iterdir()] == ["stack.lock"]
+
+
+def looks(ask: Callable[[str, dict[str, Any]], Any]) -> dict[str, Any]:
+    """The schedules of `regression`: the parameters of each, and the seconds between two looks."""
+    (found,) = ask("deployments/filter", {"deployments": {"name": {"any_": ["regression"]}}})
+    return {
+        schedule["slug"]: (schedule["parameters"], schedule["schedule"].get("interval"))
+        for schedule in found["schedules"]
+    }

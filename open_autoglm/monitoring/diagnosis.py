@@ -18,6 +18,7 @@ from open_autoglm.errors import UserError
 from open_autoglm.monitoring.cause import name_cause
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.golden import study_baseline
+from open_autoglm.monitoring.promises import check_promises
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.monitoring.windows import NoWindow
 from open_autoglm.schemas import Cause, EndpointProbe, Judgement, RequestShape, Stage
@@ -74,9 +75,14 @@ def ask_admin(
 
 
 def remember_good_times(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Path) -> str | None:
-    """Take a probe of a bundle that is well and has none yet; why there is none, in words."""
+    """Take a probe of a bundle that is well and has none yet; why there is none, in words.
+
+    A first window in which a promise is broken is no breach, but no good time either.
+    """
     window = judgement.window
     if judgement.state != "ok" or window is None or store.probe(window.bundle_digest) is not None:
+        return None
+    if any(kept.chance < watch.policy.promise_error for kept in check_promises(window, watch.policy.slo)):
         return None
     served = find_served(home, window.bundle_digest)
     probe = served if isinstance(served, NoWindow) else take_probe(served, watch.probe_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -157,6 +158,11 @@ class OptimizeSpec(Model):
     allow_pickle: bool = Field(
         False, title="Allow pickles", description="Load .bin weights, which can run code when opened"
     )
+
+    @property
+    def called(self) -> str:
+        """By which people know it: its name in the registry, or the checkpoint's without its path."""
+        return self.register_as or PurePath(self.model_path).name or self.model_path
 
     @field_validator("max_token_flips", mode="before")
     @classmethod

@@ -1,10 +1,10 @@
 """Does the endpoint stand more than it can answer? ``python -m benchmarks.soak BUNDLE``.
 
-Its capacity is measured by a closed loop that keeps the slots full and as many requests waiting. Then requests
-arrive at a multiple of it, at random (Poisson), whatever became of those before. Wanted: an answer, a 429 or a
-503 to each, some of them refused, no restart of the engine, and memory at the end as after the warm-up, within
-1 %. Memory is read between parts of the load, with nothing under way: what both processes allocated (RssAnon),
-since pages of libraries come and go with what else runs.
+Its capacity is measured by a closed loop that keeps the slots full and as many requests waiting. Then
+requests arrive at a multiple of it, at random (Poisson), whatever became of those before. Wanted: an answer,
+a 429 or a 503 to each, some of them refused, no restart of the engine, and memory at the end as after the
+warm-up, within 1 %. Memory is read between parts of the load, with nothing under way: what both processes
+allocated (RssAnon), since pages of libraries come and go with what else runs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,15 @@ from open_autoglm.monitoring.answer import is_curable
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
 from open_autoglm.schemas import Judgement
 from open_autoglm.settings import Settings
-from tasks.monitor import find_cause, judge_now, learn_good_times, record, settle, start_reoptimization
+from tasks.monitor import (
+    find_cause,
+    judge_now,
+    learn_good_times,
+    look_again,
+    record,
+    settle,
+    start_reoptimization,
+)
 
 
 @flow(name="regression", flow_run_name="regression-{config}")
@@ -19,6 +27,9 @@ def regression(config: str) -> Judgement:
     A breach is acted on when it is confirmed and nothing was done lately: its cause is found first. A slower
     engine or another traffic mix is a reason to optimise again; more callers or a busy host are told. What a
     run could not do, or was killed before, the next one does.
+
+    Who comes amid a window, as an alert does, finds a breach if it is certain already. Where another look
+    tells more before the schedule's next one, it is asked for.
     """
     watch = read_watch_spec(watch_file(config, Settings().home))
     judgement = judge_now(watch)
@@ -29,4 +40,5 @@ def regression(config: str) -> Judgement:
         judgement = settle(watch, judgement, problem)
     learn_good_times(watch, judgement)
     record(judgement, watch)
+    look_again(config, judgement)
     return judgement

@@ -21,6 +21,7 @@ from open_autoglm.schemas import (
     RooflineBound,
     Study,
     Trial,
+    beyond,
 )
 
 # ── noise and paired comparisons ─────────────────────────────────────────────────────────────────
@@ -63,7 +64,7 @@ def change_words(comparison: Comparison) -> str:
 
 
 def within_noise(comparison: Comparison, noise: NoiseFloor | None) -> bool:
-    return noise is not None and abs(comparison.change) <= noise.floor
+    return noise is not None and not beyond(comparison.change, noise.floor)
 
 
 # ── the heats ────────────────────────────────────────────────────────────────────────────────────

@@ -109,7 +109,8 @@ def comparisons_figure(study: Study, form: Form = "png") -> bytes:
     if not comparisons:
         return render(_say_empty(figure, [axes], "nothing was compared"), "comparisons", form)
     if (noise := noise_of(study)) is not None:
-        axes.axvspan(-100 * noise.floor, 100 * noise.floor, color=MUTED, alpha=0.25, linewidth=0)
+        quicker = 1 / (1 + noise.floor) - 1
+        axes.axvspan(100 * quicker, 100 * noise.floor, color=MUTED, alpha=0.25, linewidth=0)
     axes.axvline(0, color=INK, linewidth=1)
     for row, comparison in enumerate(comparisons):
         _draw_comparison(axes, row, comparison)

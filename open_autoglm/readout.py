@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from open_autoglm.limits import excess
 from open_autoglm.objectives import Goal, duel, floor_of, goal_of
-from open_autoglm.schemas import Metric, Miss, Study, Trial
+from open_autoglm.schemas import Metric, Miss, Study, Trial, beyond
 from open_autoglm.tracking import mlflow_link
 from open_autoglm.units import number as number
 from open_autoglm.units import quantity as quantity
@@ -108,7 +108,7 @@ class Ratio(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        return not self.low <= 1 <= self.high and abs(1 / self.factor - 1) > self.floor
+        return not self.low <= 1 <= self.high and beyond(1 / self.factor - 1, self.floor)
 
 
 def compare(name: str, trial: Trial, baseline: Trial, floor: float = 0.0) -> Ratio | None:

@@ -13,7 +13,7 @@ from open_autoglm.limits import excess, is_complete, misses, unclear
 from open_autoglm.measure.comparison import promotes, rounds_needed
 from open_autoglm.objectives import Goal, change_words, duel, goal_of
 from open_autoglm.reasons import explain, why
-from open_autoglm.schemas import Comparison, NoiseFloor, OptimizeSpec, Trial, Verdict
+from open_autoglm.schemas import Comparison, NoiseFloor, OptimizeSpec, Trial, Verdict, beyond
 
 MEMORY_MARGIN = 0.02
 """Peak memory differs by less than this between runs of the same process; a gain must be larger."""
@@ -103,7 +103,11 @@ def _challenge(
     if promotes(duelled, noise):
         return Verdict(kind="champion", reasons=(told,)), best.id, best
     # Less than the target width is no improvement anyone would notice, and so is what noise can do.
-    within_noise = noise is not None and noise.floor <= spec.target_width and -duelled.change <= noise.floor
+    within_noise = (
+        noise is not None
+        and noise.floor <= spec.target_width
+        and not beyond(min(duelled.change, 0.0), noise.floor)
+    )
     if duelled.interval[0] > -spec.target_width or (duelled.clear and within_noise):
         keep = f"{told}: no improvement of {spec.target_width:.0%} or beyond noise, so the champion stays"
         return Verdict(kind="tie", reasons=(keep,), nearest=best.id), incumbent.id, incumbent

@@ -22,6 +22,7 @@ from open_autoglm.monitoring.registered import share_baseline
 from open_autoglm.monitoring.sources import fetch
 from open_autoglm.monitoring.watch import look
 from open_autoglm.monitoring.watch_store import WatchStore
+from open_autoglm.monitoring.windows import clock
 from open_autoglm.progress import announce
 from open_autoglm.schemas import Cause, Judgement, Reoptimization
 from open_autoglm.serving.source import connect
@@ -39,7 +40,9 @@ def judge_now(watch: WatchSpec) -> Judgement:
     """One look. Whatever is down or odd is a judgement of no data, with its reason."""
     home, now = Settings().home, datetime.now(UTC)
     store = store_of(watch)
-    judgement = look(watch, lambda: fetch(watch, home, now), store, now, partial(trial_anchor, home))
+    judgement = look(
+        watch, lambda begin: fetch(watch, home, begin, now), store, now, partial(trial_anchor, home)
+    )
     announce(f"{watch.service}: {judgement.state}: {'; '.join(judgement.reasons)}")
     return judgement
 
@@ -85,6 +88,31 @@ def begin_run(service: str, request: Reoptimization, due: datetime) -> str:
     )
     announce(f"{service} is optimised again: {run.name}")
     return run.name
+
+
+def look_again(config: str, judgement: Judgement) -> None:
+    """Ask for another look as soon as it can tell more, once for that moment: the schedule's may be later."""
+    if judgement.again is None:
+        return
+    asked = ask_for_look(config, judgement.service, judgement.again, return_state=True)
+    if not asked.is_completed():
+        why = (asked.message or asked.name or "").splitlines()[0]
+        announce(f"no look before the schedule's next: `regression` could not be started: {why}")
+
+
+@task
+def ask_for_look(config: str, service: str, at: datetime) -> None:
+    """The same run for whoever asks for that moment."""
+    run_deployment(
+        "regression/regression",
+        parameters={"config": config},
+        scheduled_time=at,
+        timeout=0,
+        idempotency_key=f"look-{service}-{at:%Y%m%dT%H%M%S}",
+        tags=["watch", service],
+        as_subflow=False,
+    )
+    announce(f"{service} is looked at again at {clock(at)}")
 
 
 def settle(watch: WatchSpec, judgement: Judgement, problem: str | None) -> Judgement:

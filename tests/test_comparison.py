@@ -165,14 +165,14 @@ def test_the_noise_floor_is_the_farther_end_of_the_interval() -> None:
     """Twins that agree leave the chance; twins that differ leave as much as they may differ."""
     assert paired.noise_floor(judged(0.002, -0.01, 0.014)).floor == pytest.approx(0.014)
     assert paired.noise_floor(judged(0.02, 0.01, 0.03)).floor == pytest.approx(0.03)
-    assert paired.noise_floor(judged(-0.02, -0.03, -0.01)).floor == pytest.approx(0.03)
+    assert paired.noise_floor(judged(-0.02, -0.03, -0.01)).floor == pytest.approx(1 / 0.97 - 1)
 
 
 def test_the_detectable_change_is_found_nine_times_in_ten() -> None:
     """In 20,000 draws at the standard error of the interval, 90 % of intervals exclude zero."""
     error = 0.01
-    noise = paired.noise_floor(judged(0, -1.96 * error, 1.96 * error))
-    draws = np.random.default_rng(0).normal(noise.detectable, error, 20_000)
+    noise = paired.noise_floor(judged(0, math.expm1(-1.96 * error), math.expm1(1.96 * error)))
+    draws = np.random.default_rng(0).normal(math.log1p(noise.detectable), error, 20_000)
     assert np.mean(draws > 1.96 * error) == pytest.approx(0.9, abs=0.01)
 
 
@@ -185,3 +185,15 @@ def test_promotion_needs_a_gain_beyond_chance_and_noise() -> None:
     assert not paired.promotes(gain, loud)
     assert not paired.promotes(judged(-0.1, -0.21, 0.01), quiet)
     assert not paired.promotes(judged(0.1, 0.05, 0.15), quiet)
+
+
+def test_a_host_that_differs_from_itself_by_more_than_all_lets_the_quicker_win() -> None:
+    """Twins of which one takes up to 2.4 times as long leave room for three times as fast, and for no twice,
+    whichever of the twins that is; nobody can be 140 % quicker."""
+    for twins in (judged(0.4, -0.2, 1.4), judged(-0.3, 1 / 2.4 - 1, 0.1)):
+        busy = paired.noise_floor(twins)
+        assert busy.floor == pytest.approx(1.4)
+        assert paired.promotes(judged(1 / 3 - 1, -0.8, -0.3), busy)
+        assert not paired.promotes(judged(-0.5, -0.6, -0.4), busy)
+        assert judged(1 / 3 - 1, -0.8, -0.3).model_copy(update={"floor": busy.floor}).clear
+        assert not judged(1.0, 0.5, 1.5).model_copy(update={"floor": busy.floor}).clear

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +105,19 @@ def judge(config: Path) -> Judgement:
 
 
 def deploy() -> None:
-    """What `prefect deploy` does with the flow that is started; no worker takes its runs."""
+    """What `prefect deploy` does with the flows that are started; no worker takes their runs."""
+    from flows.regression import regression
     from flows.reoptimize import reoptimize
 
-    reoptimize.to_deployment("reoptimize").apply()
+    for flow in (regression, reoptimize):
+        flow.to_deployment(flow.name).apply()
 
 
-def started() -> list[Any]:
+def started(flow: str = "reoptimize") -> list[Any]:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name("reoptimize/reoptimize")
+        deployment = client.read_deployment_by_name(f"{flow}/{flow}")
         return [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
 
 
@@ -177,6 +180,53 @@ def check_records(acted: Judgement) -> None:
     assert acted.window is not None
     assert acted.window.bundle_digest in run.info.run_name
     assert client.list_artifacts(run.info.run_id, "breaches")
+
+
+def ask_again(config: str, judgement: Judgement) -> None:
+    """As the flow does."""
+    from prefect import flow
+
+    from tasks.monitor import look_again
+
+    flow(look_again)(config, judgement)
+
+
+def test_a_second_bad_window_is_found_before_its_end(served: Endpoint, config: Path) -> None:
+    """The look that finds the first one asks Prefect for another, once; which begins the breach while the
+    window is under way, by what was answered in it and nothing else."""
+    from flows.regression import regression
+
+    deploy()
+    config.write_text(config.read_text().replace(f"window: {WINDOW_S:g}s", "window: 40s"))
+    with callers(served.url), slowed(engine_of(served), stopped_s=0.095, running_s=0.005):
+        time.sleep(40)
+        first: Judgement = regression(str(config))
+        assert (first.state, first.again is None) == ("ok", False), first.reasons
+        assert first.window is not None
+        assert first.again is not None
+        wait_s = (first.again - datetime.now(UTC)).total_seconds()
+        time.sleep(max(0.0, wait_s))
+        second: Judgement = regression(str(config))
+    assert (second.state, second.act) == ("breached", True), second.reasons
+    assert "too many however the window ends, in 2 windows running" in second.reasons[0]
+    assert second.window is not None
+    assert second.window.begin >= first.window.end
+    ask_again(str(config), first)
+    (run,) = (run for run in started("regression") if run.parameters == {"config": str(config)})
+    assert run.expected_start_time == first.again
+
+
+def test_a_look_that_nobody_can_be_asked_for_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Where Prefect refuses it, the schedule's next look has to do."""
+    from prefect.client.orchestration import get_client
+
+    deploy()
+    with get_client(sync_client=True) as client:
+        client.delete_deployment(client.read_deployment_by_name("regression/regression").id)
+    now = datetime.now(UTC)
+    ask_again("tiny.yaml", Judgement(service=NAME, at=now, state="no_data", reasons=("soon",), again=now))
+    said = "no look before the schedule's next: `regression` could not be started: "
+    assert any(said in one.getMessage() for one in caplog.records)
 
 
 def test_nothing_is_known_without_prometheus(config: Path) -> None:

@@ -34,7 +34,7 @@ class Nobody(NamedTuple):
 
 
 def seen(store: WatchStore, one: LatencyWindow) -> Judgement:
-    return look(SPEC, lambda: one, store, one.end + timedelta(seconds=1))
+    return look(SPEC, lambda _: one, store, one.end + timedelta(seconds=1))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_last_window_of_a_lesson_makes_a_baseline(store: WatchStore) -> None
 
 
 def test_nobody_there_is_no_health(store: WatchStore) -> None:
-    found = look(SPEC, lambda: Nobody("nobody answers"), store, window().end)
+    found = look(SPEC, lambda _: Nobody("nobody answers"), store, window().end)
     assert (found.state, found.reasons) == ("no_data", ("nobody answers",))
     assert [one.state for one in store.history()] == ["no_data"]
 

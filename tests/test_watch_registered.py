@@ -34,7 +34,7 @@ TAG = "autoglm.baseline."
 
 
 def seen(store: WatchStore, one: LatencyWindow, anchor: Anchor | None = None) -> Judgement:
-    return look(SPEC, lambda: one, store, one.end + timedelta(seconds=1), lambda _: anchor)
+    return look(SPEC, lambda _: one, store, one.end + timedelta(seconds=1), lambda _: anchor)
 
 
 def of(service: str, known: Baseline) -> Baseline:

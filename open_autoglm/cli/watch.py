@@ -31,17 +31,27 @@ def run_watch(config: str, *, once: bool, as_json: bool) -> int:
         click.echo(judgement.model_dump_json() if as_json else _words(judgement))
         if once:
             return EXIT_CODES[judgement.state]
-        time.sleep(watch.policy.window_s)
+        time.sleep(_pause_s(judgement, watch))
 
 
 def _look(watch: WatchSpec) -> Judgement:
     home, now = Settings().home, datetime.now(UTC)
     store = WatchStore(home, watch.service)
-    judgement = look(watch, lambda: fetch(watch, home, now), store, now, partial(trial_anchor, home))
+    judgement = look(
+        watch, lambda begin: fetch(watch, home, begin, now), store, now, partial(trial_anchor, home)
+    )
     if judgement.act:
         return judgement.model_copy(update={"cause": diagnose(watch, judgement, store, home)})
     remember_good_times(watch, judgement, store, home)
     return judgement
+
+
+def _pause_s(judgement: Judgement, watch: WatchSpec) -> float:
+    """Until the next look: a window, or less where that tells more."""
+    window_s = watch.policy.window_s
+    if judgement.again is None:
+        return window_s
+    return min(window_s, max(0.0, (judgement.again - datetime.now(UTC)).total_seconds()))
 
 
 def _words(judgement: Judgement) -> str:

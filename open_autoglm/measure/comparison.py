@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from open_autoglm.schemas import Comparison, NoiseFloor
+from open_autoglm.schemas import Comparison, NoiseFloor, beyond
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,30 +128,30 @@ def rounds_needed(comparison: Comparison, width: float) -> int:
 def noise_floor(comparison: Comparison) -> NoiseFloor:
     """What an A/A comparison says of this host.
 
-    The floor is the end of the interval farther from zero: two processes of the same candidate may differ by
-    that much, and no number of rounds in the same processes can average it out. `detectable` is an
-    approximation: the normal distribution with the standard error that the interval implies.
+    The floor is the end of the interval farther from zero as a ratio, since which process is compared with
+    which is chance: two of the same candidate may differ by that much, and no number of rounds in the same
+    processes can average it out. `detectable` is an approximation: the normal distribution of the log ratio
+    with the standard error that the interval implies.
     """
     from scipy.stats import norm
 
-    low, high = comparison.interval
+    low, high = map(math.log1p, comparison.interval)
     half = (high - low) / 2
     quantile = norm.ppf(0.5 + comparison.confidence / 2)
     return NoiseFloor(
         comparison=comparison,
-        floor=max(abs(low), abs(high)),
-        detectable=half * float((quantile + norm.ppf(POWER)) / quantile),
+        floor=math.expm1(max(abs(low), abs(high))),
+        detectable=math.expm1(half * float((quantile + norm.ppf(POWER)) / quantile)),
     )
 
 
 def promotes(comparison: Comparison, noise: NoiseFloor | None) -> bool:
     """Whether a challenger replaces the incumbent it is compared with, lower being better.
 
-    Its interval lies wholly below zero and the gain exceeds the noise floor. With several challengers
+    Its interval lies wholly below zero and the gain is beyond the noise floor. With several challengers
     the caller asks for 1 - 0.05 / challengers confidence (Bonferroni).
     """
-    floor = noise.floor if noise else 0.0
-    return comparison.interval[1] < 0 and -comparison.change > floor
+    return comparison.interval[1] < 0 and beyond(comparison.change, noise.floor if noise else 0.0)
 
 
 def _log(values: Sequence[float] | Sequence[Sequence[float]]) -> NDArray[np.float64]:

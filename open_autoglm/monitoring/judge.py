@@ -22,12 +22,12 @@ from open_autoglm.monitoring.shift import Finding, Point, ShiftPolicy, Track, fo
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import Judgement, LatencyWindow, Slo
 
-_EARLY_S = 5.0
+CLOCKS_DIFFER_S = 5.0
 """Clocks of two hosts may differ so."""
 
 _STALE_WINDOWS = 2
 
-_PARTIAL, _OVERLAP = 0.25, 0.1
+_PARTIAL, OVERLAP = 0.25, 0.1
 """Shares of a window that may be missing, since counters are read now and then, or were judged before, since
 a schedule is not on the second."""
 
@@ -63,11 +63,12 @@ class JudgeState(Model):
     judged_until: AwareDatetime | None = None
     tracks: Mapping[Watched, Track] = {}
     broken: Mapping[str, int] = Field(default={}, description="windows running, by promise")
+    asked_per_s: float = Field(0, ge=0, description="requests in the last window")
     breach: Breach | None = None
     cool_until: AwareDatetime | None = None
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What a window shows, beside what was remembered."""
 
     tracks: Mapping[Watched, Track]
@@ -89,20 +90,21 @@ def judge(
     first of each process with a baseline, import SciPy, about a second: call it in a thread.
     """
     if (reason := _unfit(window, policy, now)) is not None:
-        return _no_data(window, reason, now), state
+        return no_data(window, reason, now=now), state
     if (reason := _other_clock(state, now)) is not None:
-        return _no_data(window, reason, now), _begun_anew(state, policy, now)
+        return no_data(window, reason, now=now), _begun_anew(state, policy, now)
     if (reason := _judged_before(window, state)) is not None:
-        return _no_data(window, reason, now), state
+        return no_data(window, reason, now=now), state
     if (window.version, window.bundle_digest) != (state.version, state.bundle_digest):
         state = JudgeState(
             version=window.version, bundle_digest=window.bundle_digest, cool_until=state.cool_until
         )
-    state = state.model_copy(update={"judged_until": window.end})
-    if (reason := _silent(window, policy)) is not None:
-        return _no_data(window, reason, now), state
+    asked_per_s = (window.requests + window.refused) / window.seconds
+    state = state.model_copy(update={"judged_until": window.end, "asked_per_s": asked_per_s})
+    if (reason := silent(window, policy)) is not None:
+        return no_data(window, reason, now=now), state
     look = _look(window, state, baseline if baseline and baseline.is_of(window) else None, policy)
-    return _decide(window, look, state, policy, now)
+    return decide(window, look, state, policy, now)
 
 
 # ── before anything is judged ────────────────────────────────────────────────────────────────────
@@ -115,7 +117,7 @@ def _unfit(window: LatencyWindow, policy: Policy, now: datetime) -> str | None:
     if abs(window.seconds - policy.window_s) > _PARTIAL * policy.window_s:
         return f"the window is {window.seconds:.0f} s long; {policy.window_s:.0f} s are judged"
     early_s = (window.end - now).total_seconds()
-    if early_s > _EARLY_S:
+    if early_s > CLOCKS_DIFFER_S:
         return f"the window ends {early_s:.0f} s from now: the clocks differ"
     if -early_s > _STALE_WINDOWS * policy.window_s:
         return f"the window ended {-early_s:.0f} s ago: it says nothing of now"
@@ -125,7 +127,7 @@ def _unfit(window: LatencyWindow, policy: Policy, now: datetime) -> str | None:
 def _other_clock(state: JudgeState, now: datetime) -> str | None:
     """Whether this host's clock was set back since the last look, in words."""
     until = state.judged_until
-    if until is None or (ahead_s := (until - now).total_seconds()) <= _EARLY_S:
+    if until is None or (ahead_s := (until - now).total_seconds()) <= CLOCKS_DIFFER_S:
         return None
     return f"this host's clock was set back: it is {ahead_s:.0f} s before the last window's end; begun anew"
 
@@ -141,12 +143,12 @@ def _begun_anew(state: JudgeState, policy: Policy, now: datetime) -> JudgeState:
 def _judged_before(window: LatencyWindow, state: JudgeState) -> str | None:
     """That most of the window is new, or why it is not looked at."""
     until = state.judged_until
-    if until is None or (until - window.begin).total_seconds() <= _OVERLAP * window.seconds:
+    if until is None or (until - window.begin).total_seconds() <= OVERLAP * window.seconds:
         return None
     return f"the window overlaps one that was judged: until {until.isoformat()}"
 
 
-def _silent(window: LatencyWindow, policy: Policy) -> str | None:
+def silent(window: LatencyWindow, policy: Policy) -> str | None:
     """Why the window says nothing of the service, in words."""
     asked = window.requests + window.refused
     if asked < policy.min_requests:
@@ -164,18 +166,18 @@ def _silent(window: LatencyWindow, policy: Policy) -> str | None:
     return None
 
 
-def _no_data(window: LatencyWindow, reason: str, now: datetime) -> Judgement:
-    reasons = (reason, *_interruptions(window))
+def no_data(window: LatencyWindow, *reasons: str, now: datetime) -> Judgement:
+    reasons = (*reasons, *_interruptions(window))
     return Judgement(service=window.service, at=now, state="no_data", reasons=reasons, window=window)
 
 
 # ── one look ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _look(window: LatencyWindow, state: JudgeState, baseline: Baseline | None, policy: Policy) -> _Look:
+def _look(window: LatencyWindow, state: JudgeState, baseline: Baseline | None, policy: Policy) -> Look:
     promises = _look_at_promises(window, state, policy)
     shifts = _look_at_shifts(window, state, baseline, policy)
-    return _Look(
+    return Look(
         tracks=shifts.tracks,
         broken=promises.broken,
         alarms={**promises.alarms, **shifts.alarms},
@@ -185,7 +187,7 @@ def _look(window: LatencyWindow, state: JudgeState, baseline: Baseline | None, p
     )
 
 
-def _look_at_promises(window: LatencyWindow, state: JudgeState, policy: Policy) -> _Look:
+def _look_at_promises(window: LatencyWindow, state: JudgeState, policy: Policy) -> Look:
     kept = check_promises(window, policy.slo)
     broken = {
         promise.name: state.broken.get(promise.name, 0) + 1
@@ -201,10 +203,10 @@ def _look_at_promises(window: LatencyWindow, state: JudgeState, policy: Policy) 
         f"{p.told}, in a first window" if p.name in broken else p.told for p in kept if p.name not in alarms
     )
     calm = frozenset(promise.name for promise in kept if promise.within)
-    return _Look(state.tracks, broken, alarms, calm, notes, _promise_figures(window, kept))
+    return Look(state.tracks, broken, alarms, calm, notes, promise_figures(window, kept))
 
 
-def _promise_figures(window: LatencyWindow, kept: tuple[Kept, ...]) -> dict[str, float]:
+def promise_figures(window: LatencyWindow, kept: tuple[Kept, ...]) -> dict[str, float]:
     figures = {f"{promise.name}_bad_share": promise.share for promise in kept}
     for stage, times in window.times_ms.items():
         if (p95 := times.quantile(0.95)) is not None:
@@ -214,11 +216,11 @@ def _promise_figures(window: LatencyWindow, kept: tuple[Kept, ...]) -> dict[str,
 
 def _look_at_shifts(
     window: LatencyWindow, state: JudgeState, baseline: Baseline | None, policy: Policy
-) -> _Look:
+) -> Look:
     seen = observe(window)
     if baseline is None or seen is None:
         missing = "no baseline of this version yet" if baseline is None else "no times to compare"
-        return _Look(state.tracks, {}, {}, frozenset(), (f"{missing}: only the promises count",), {})
+        return Look(state.tracks, {}, {}, frozenset(), (f"{missing}: only the promises count",), {})
     tracks, notes, alarms, calm = dict(state.tracks), [], {}, set()
     figures: dict[str, float] = {}
     for watched in (name for name in WATCHED if name in baseline.stages and name in seen.engine_ms):
@@ -236,7 +238,7 @@ def _look_at_shifts(
             notes.append(told)
         if point.log_ratio <= policy.shift.least / 2:
             calm.add(name)
-    return _Look(tracks, {}, alarms, frozenset(calm), tuple(notes), figures)
+    return Look(tracks, {}, alarms, frozenset(calm), tuple(notes), figures)
 
 
 def _point(seen: Observation, watched: Watched, expected: Expected, policy: Policy) -> Point:
@@ -279,8 +281,8 @@ def _shift_words(found: Finding, policy: ShiftPolicy) -> str:
 # ── the verdict ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _decide(
-    window: LatencyWindow, look: _Look, state: JudgeState, policy: Policy, now: datetime
+def decide(
+    window: LatencyWindow, look: Look, state: JudgeState, policy: Policy, now: datetime
 ) -> tuple[Judgement, JudgeState]:
     breach = _breach(look, state.breach, policy, now)
     cool_until = _cool_until(state, policy, now)
@@ -312,7 +314,7 @@ def _cool_until(state: JudgeState, policy: Policy, now: datetime) -> datetime | 
     return state.cool_until and min(state.cool_until, latest)
 
 
-def _breach(look: _Look, before: Breach | None, policy: Policy, now: datetime) -> Breach | None:
+def _breach(look: Look, before: Breach | None, policy: Policy, now: datetime) -> Breach | None:
     """The breach that goes on, or begins; None if there is none, or it has ended."""
     if before is None:
         return Breach(since=now, by=tuple(look.alarms)) if look.alarms else None
@@ -323,7 +325,7 @@ def _breach(look: _Look, before: Breach | None, policy: Policy, now: datetime) -
     return Breach(since=before.since, by=by, calm=calm)
 
 
-def _reasons(look: _Look, breach: Breach | None, cool_until: datetime | None) -> tuple[str, ...]:
+def _reasons(look: Look, breach: Breach | None, cool_until: datetime | None) -> tuple[str, ...]:
     if breach is None:
         return look.notes
     reasons = [*look.alarms.values()]

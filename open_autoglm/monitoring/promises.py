@@ -25,7 +25,7 @@ class Kept(Model):
     bad: int = Field(description="answers that broke it; at least, if the bound is not a bucket's")
     of: int
     allowed: float = Field(description="share that may be bad")
-    chance: float = Field(description="of so many, or more, while the promise is kept")
+    chance: float = Field(description="of so many, or more, in the whole window while the promise is kept")
     told: str
 
     @property
@@ -38,12 +38,13 @@ class Kept(Model):
         return self.share <= self.allowed
 
 
-def check_promises(window: LatencyWindow, slo: Slo) -> tuple[Kept, ...]:
-    """Those that are made and that the window says something of."""
-    return (*_times(window, slo), *_errors(window, slo))
+def check_promises(window: LatencyWindow, slo: Slo, to_come: int = 0) -> tuple[Kept, ...]:
+    """Those that are made and that the window says something of. The chance is of the window with so many
+    answers ``to_come``, all of which keep every promise."""
+    return (*_times(window, slo, to_come), *_errors(window, slo, to_come))
 
 
-def _times(window: LatencyWindow, slo: Slo) -> Iterator[Kept]:
+def _times(window: LatencyWindow, slo: Slo, to_come: int) -> Iterator[Kept]:
     bounds: tuple[tuple[Stage, float | None], ...] = (
         ("ttft", slo.ttft_p95_ms),
         ("tpot", slo.tpot_p95_ms),
@@ -57,7 +58,7 @@ def _times(window: LatencyWindow, slo: Slo) -> Iterator[Kept]:
         told = f"{stage}: {bad} of {times.count} answers were over {number(bound_ms)} ms; 5 % may be"
         if counted_ms != bound_ms:
             told += f" (counted from {number(counted_ms)} ms: no bucket ends at {number(bound_ms)} ms)"
-        yield _kept(stage, bad, times.count, ABOVE_P95, told)
+        yield _kept(stage, bad, (times.count, to_come), ABOVE_P95, told)
 
 
 def _above(times: Histogram, bound_ms: float) -> tuple[int, float]:
@@ -71,15 +72,18 @@ def _above(times: Histogram, bound_ms: float) -> tuple[int, float]:
     return times.above(next_ms) or 0, next_ms
 
 
-def _errors(window: LatencyWindow, slo: Slo) -> Iterator[Kept]:
+def _errors(window: LatencyWindow, slo: Slo, to_come: int) -> Iterator[Kept]:
     asked, bad = window.requests + window.refused, window.failed + window.refused
     if asked:
         told = f"errors: {bad} of {asked} requests were lost or refused; {slo.error_fraction:.2%} may be"
-        yield _kept(ERRORS, min(bad, asked), asked, slo.error_fraction, told)
+        yield _kept(ERRORS, min(bad, asked), (asked, to_come), slo.error_fraction, told)
 
 
-def _kept(name: str, bad: int, of: int, allowed: float, told: str) -> Kept:
-    return Kept(name=name, bad=bad, of=of, allowed=allowed, chance=_chance(bad, of, allowed), told=told)
+def _kept(name: str, bad: int, of: tuple[int, int], allowed: float, told: str) -> Kept:
+    """``of`` those that were answered, and those to come."""
+    return Kept(
+        name=name, bad=bad, of=of[0], allowed=allowed, chance=_chance(bad, sum(of), allowed), told=told
+    )
 
 
 def _chance(bad: int, of: int, allowed: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from open_autoglm.monitoring.config import WatchSpec
@@ -12,7 +12,7 @@ from open_autoglm.monitoring.windows import NoWindow, Source, window
 from open_autoglm.schemas import LatencyWindow
 
 
-def fetch(spec: WatchSpec, home: Path, now: datetime) -> LatencyWindow | NoWindow:
-    """The window that ends now."""
+def fetch(spec: WatchSpec, home: Path, begin: datetime, now: datetime) -> LatencyWindow | NoWindow:
+    """What happened from ``begin`` until now."""
     source: Source = LocalEndpoints(home) if spec.prometheus is None else Prometheus(spec.prometheus)
-    return window(source, spec.service, now - timedelta(seconds=spec.policy.window_s), now)
+    return window(source, spec.service, begin, now)

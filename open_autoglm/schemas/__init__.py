@@ -51,6 +51,7 @@ from open_autoglm.schemas.evidence import (
     Race,
     Round,
     Screening,
+    beyond,
 )
 from open_autoglm.schemas.facts import (
     Analysis,
@@ -188,5 +189,6 @@ __all__ = [
     "VerdictKind",
     "WatchState",
     "Workload",
+    "beyond",
     "without_password",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Literal
 
@@ -123,6 +124,12 @@ class Measurements(Model):
         return len(self.rounds) - len(self.counted)
 
 
+def beyond(change: float, floor: float) -> bool:
+    """Whether a figure that changes by ``change`` differs by more than ``floor``, as ratios: so many times as
+    much and so many times as little are as far. Half as much lies beyond 99 %, and not beyond 101 %."""
+    return abs(math.log1p(change)) > math.log1p(floor)
+
+
 class Comparison(Model):
     """A paired comparison: both candidates ran the same rounds, one right after the other.
 
@@ -141,14 +148,16 @@ class Comparison(Model):
     @property
     def clear(self) -> bool:
         """The interval excludes zero, and the change is more than noise can do."""
-        return not self.interval[0] <= 0 <= self.interval[1] and abs(self.change) > self.floor
+        return not self.interval[0] <= 0 <= self.interval[1] and beyond(self.change, self.floor)
 
 
 class NoiseFloor(Model):
     """An A/A run: the same candidate twice, in two processes, among the finalists."""
 
     comparison: Comparison
-    floor: float = Field(description="a smaller change than this is not told from none on this host")
+    floor: float = Field(
+        description="a smaller change than this, as a ratio, is not told from none on this host"
+    )
     detectable: float = Field(description="the least change found 9 times in 10 with that many rounds")
 
 

@@ -126,6 +126,9 @@ class Judgement(Model):
     due: AwareDatetime | None = Field(
         None, description="since when there is something to do, if whoever was to do it has not"
     )
+    again: AwareDatetime | None = Field(
+        None, description="when another look may tell more, if that is before the schedule's next"
+    )
     reasons: tuple[str, ...] = Field(description="sentences; for `ok` what was looked at")
     window: LatencyWindow | None = None
     figures: Mapping[str, float] = Field(default={}, description="what was compared, units in the names")

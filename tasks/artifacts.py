@@ -27,8 +27,9 @@ def publish(study: Study) -> None:
         for t in study.trials
         if t.id != study.champion
     )
+    page = Settings().shown(study.output_dir / "report.html")
     create_markdown_artifact(
-        f"## {readout.headline(study)}\n\n{reasons}\n\nReport: `{study.output_dir / 'report.html'}`\n\n"
+        f"## {readout.headline(study)}\n\n{reasons}\n\nReport: `{page}`\n\n"
         f"### How sure is this\n\n{evidence.noise_words(study)}\n\n### Why not the others\n\n{others}",
         key="verdict",
         description=f"Study {study.id}",

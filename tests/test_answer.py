@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 from watched import window as steady_window
-from windows import window
+from windows import probe, window
 
 from open_autoglm.errors import UserError
+from open_autoglm.monitoring import diagnosis
 from open_autoglm.monitoring.answer import is_curable, observed, once_key, reoptimization
 from open_autoglm.monitoring.config import read_watch_spec, watch_file
-from open_autoglm.monitoring.diagnosis import remember_good_times
+from open_autoglm.monitoring.diagnosis import Served, remember_good_times
 from open_autoglm.monitoring.picture import draw_windows, watch_figure
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas import Cause, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
+from open_autoglm.serving.local import LocalEndpoint
 
 NOW = datetime(2026, 11, 23, 14, 20, tzinfo=UTC)
 EXAMPLE = Path(__file__).parent.parent / "infra" / "watch" / "demo-glm.yaml"
@@ -122,6 +124,19 @@ def test_a_window_that_breaks_a_promise_is_no_good_time(tmp_path: Path) -> None:
     assert tried is not None
     assert tried.startswith("no endpoint of this user")
     assert remember_good_times(watch, slow, store, tmp_path) is None
+
+
+def test_a_rehearsal_is_no_good_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who makes the engine slower while the window that ended is still good does not make that its health."""
+    watch, store, taken = read_watch_spec(EXAMPLE), WatchStore(tmp_path, "m"), probe()
+    served = Served(here=LocalEndpoint(url="http://127.0.0.1:1", pid=1, token=""), bundle=tmp_path)
+    monkeypatch.setattr(diagnosis, "find_served", lambda home, digest: served)
+    for share in (0.6, 0.0):
+        slowed = taken.model_copy(update={"slowed_share": share})
+        monkeypatch.setattr(diagnosis, "take_probe", lambda served, seconds, slowed=slowed: slowed)
+        told = remember_good_times(watch, judged("ok", 1), store, tmp_path)
+        assert (told is None) == (share == 0)
+        assert (store.probe(taken.bundle_digest) is None) == (share > 0)
 
 
 def test_the_last_windows_are_drawn() -> None:

@@ -136,6 +136,17 @@ def test_a_slower_engine_on_a_quiet_host_is_the_engine() -> None:
     assert cause.evidence["speed_known_by"] == "golden requests"
 
 
+def test_a_rehearsal_is_told_and_judged_all_the_same() -> None:
+    """Whoever made the engine slower on purpose reads so, and nobody takes it for a fault of its own."""
+    at = probe(golden(1.8))
+    true, rehearsed = (
+        named(window(**SLOWER), one) for one in (at, at.model_copy(update={"slowed_share": 0.8}))
+    )
+    told = f"{true.told}; it is a rehearsal: `open-autoglm slow` made the engine 80% slower"
+    assert (true.kind, rehearsed.kind, rehearsed.told) == ("engine", "engine", told)
+    assert rehearsed.evidence == {**true.evidence, "slowed_on_purpose_share": 0.8}
+
+
 def test_a_slower_engine_with_a_neighbour_is_the_environment() -> None:
     busy = host(FOREIGN, busiest="backup (812)", busiest_cores=0.97)
     cause = named(window(**SLOWER), probe(golden(1.8), busy))

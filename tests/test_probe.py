@@ -68,6 +68,14 @@ def test_the_golden_requests_are_timed(admin: httpx.Client, tiny_bundle: Path) -
     assert metric(series, "vllm:e2e_request_latency_seconds_count") == 0
 
 
+def test_a_rehearsal_is_no_secret(admin: httpx.Client) -> None:
+    """The cause of a breach says that the engine was made slower, and no more once it is not."""
+    assert examine(admin, 0.1).slowed_share == 0
+    for share in (0.6, 0.0):
+        admin.post("/admin/slow", json={"share": share}).raise_for_status()
+        assert examine(admin, 0.1).slowed_share == share
+
+
 def test_the_answer_comes_when_the_time_is_up(admin: httpx.Client) -> None:
     """Even if that is less than one golden request needs."""
     begin_s = time.monotonic()

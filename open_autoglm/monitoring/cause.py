@@ -36,7 +36,7 @@ from open_autoglm.units import quantity
 _NOUNS: Mapping[Stage, str] = {
     "e2e": "an answer",
     "ttft": "a first token",
-    "tpot": "the tokens after the first",
+    "tpot": "a token after the first",
     "queue": "the wait for a slot",
 }
 
@@ -62,7 +62,14 @@ def name_cause(
     case = _Case(was, is_now, stage, probe, baseline, policy)
     evidence = {**_window_evidence(before, now, was, is_now), **case.evidence()}
     kind, told = case.verdict(refused=(before.refused, now.refused))
-    return Cause(kind=kind, told=told, evidence=evidence)
+    return Cause(kind=kind, told=told + _rehearsed(probe), evidence=evidence)
+
+
+def _rehearsed(probe: EndpointProbe) -> str:
+    """A rehearsal is judged as if it were none, and whoever reads of it knows."""
+    if not probe.slowed_share:
+        return ""
+    return f"; it is a rehearsal: `open-autoglm slow` made the engine {probe.slowed_share:.0%} slower"
 
 
 # ── the case ─────────────────────────────────────────────────────────────────────────────────────
@@ -284,6 +291,7 @@ def _golden_evidence(ratios: GoldenRatios | None, probe: EndpointProbe) -> dict[
 
 def _host_evidence(probe: EndpointProbe, signs: Sequence[Sign]) -> dict[str, float | str]:
     found: dict[str, float | str] = {f"sign_{number}": sign.told for number, sign in enumerate(signs, 1)}
+    found |= {"slowed_on_purpose_share": probe.slowed_share} if probe.slowed_share else {}
     if (host := probe.host) is None:
         return found
     figures = {

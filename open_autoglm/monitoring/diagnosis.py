@@ -86,7 +86,11 @@ def remember_good_times(watch: WatchSpec, judgement: Judgement, store: WatchStor
         return None
     served = find_served(home, window.bundle_digest)
     probe = served if isinstance(served, NoWindow) else take_probe(served, watch.probe_s)
-    return probe.reason if isinstance(probe, NoWindow) else store.keep_probe(probe)
+    if isinstance(probe, NoWindow):
+        return probe.reason
+    if probe.slowed_share:
+        return f"the engine was made {probe.slowed_share:.0%} slower to rehearse, which is no good time"
+    return store.keep_probe(probe)
 
 
 def diagnose(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Path) -> Cause:

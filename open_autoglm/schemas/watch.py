@@ -202,3 +202,4 @@ class EndpointProbe(Model):
     golden: GoldenTimes | None = Field(description="None: there were no figures")
     host: HostProbe | None = None
     settings: Mapping[str, str] = Field(description="of host and libraries: what timing depends on besides")
+    slowed_share: float = Field(0, ge=0, description="by which the engine was made slower, to rehearse")

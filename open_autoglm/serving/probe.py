@@ -43,6 +43,7 @@ async def probe(fleet: Fleet, seconds: float) -> EndpointProbe:
         golden=times.result(),
         host=host.result(),
         settings=settings,
+        slowed_share=service.engine.slower,
     )
 
 

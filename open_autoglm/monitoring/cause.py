@@ -36,7 +36,7 @@ from open_autoglm.units import quantity
 _NOUNS: Mapping[Stage, str] = {
     "e2e": "an answer",
     "ttft": "a first token",
-    "tpot": "a token after the first",
+    "tpot": "writing what follows the first token",
     "queue": "the wait for a slot",
 }
 

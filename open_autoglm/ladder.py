@@ -40,7 +40,7 @@ def outcome_of(studies: Sequence[Study], champion: str | None) -> Outcome:
     last = studies[-1]
     return Outcome(
         kind=kind,
-        told=" ".join((told, *last.verdict.reasons)),
+        told=" ".join((told, *([f"{'; '.join(last.verdict.reasons)}."] if last.verdict.reasons else []))),
         model_name=registered_name(last.spec, last.checkpoint.name),
         challenger=challenger,
         champion=champion,

@@ -122,10 +122,11 @@ def renew(outcome: Outcome) -> Outcome:
 
 def publish_outcome(outcome: Outcome, request: Reoptimization) -> None:
     """As an artifact of the run. Call inside a flow run."""
+    title = f"{outcome.kind.replace('_', ' ')}: {outcome.model_name}"
     lines = [
-        f"## {outcome.kind.replace('_', ' ')}: {outcome.model_name}",
+        f"## {title}",
         outcome.told,
         f"Asked because: {request.reason}" if request.reason else "",
         *(f"- study `{study}`" for study in outcome.studies),
     ]
-    create_markdown_artifact("\n\n".join(filter(None, lines)), key="outcome", description=outcome.told)
+    create_markdown_artifact("\n\n".join(filter(None, lines)), key="outcome", description=title)

@@ -181,10 +181,9 @@ def test_a_challenger_keeps_its_callers(
     assert all(len(versions) == 1 for versions in met.values())
     assert len(found.by_bundle()) == 2
     text = admin.get("/metrics").text
-    assert (
-        metric(text, "vllm:request_success_total", role="challenger")
-        == found.by_bundle()[digest(bundles[1])[:12]]
-    )
+    to_challenger = found.by_bundle()[digest(bundles[1])[:12]]
+    assert metric(text, "vllm:request_success_total", role="challenger") == to_challenger
+    assert f"trial      0 pairs, {to_challenger} answers to clients: " in command(served, "endpoints").output
     with traffic(served.url, 4) as found:
         wait_for_answers(found, 8)
         assert admin.post("/admin/promote", json={}).status_code == 200

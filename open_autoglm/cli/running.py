@@ -97,5 +97,9 @@ def _tell(url: str, fleet: Json) -> None:
             state += f", {service['slower']:.0%} slower on purpose" if service["slower"] else ""
             called = f"{service['candidate']} ({version}{service['bundle_digest'][:12]})"
             click.echo(f"  {role:<10} {called}: {state}")
+    if (contest := fleet["contest"]) is not None:
+        verdict = contest["verdict"]["reason"] if contest["verdict"] else "not judged yet"
+        seen = f"{contest['pairs']} pairs, {contest['answers']} answers to clients"
+        click.echo(f"  {'trial':<10} {seen}: {verdict}")
     for event in fleet["events"][-_TOLD_EVENTS:]:
         click.echo(f"  {event['time'][:19].replace('T', ' ')} UTC  {event['told']}")

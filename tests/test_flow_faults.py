@@ -19,6 +19,7 @@ import pytest
 from breaches import NOT_ASKED, SLOWER, bad, breached, watch_of
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
+from flow_runs import started
 from registries import Shelf
 
 from open_autoglm.cli.main import cli
@@ -136,13 +137,6 @@ def removed() -> None:
 
     with get_client(sync_client=True) as client:
         client._client.delete(f"/deployments/{deployed()}").raise_for_status()
-
-
-def started(service: str) -> list[Any]:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        return [run for run in client.read_flow_runs(limit=200) if service in run.tags]
 
 
 def run_regression(service: str, number: int, cause: Cause, monkeypatch: pytest.MonkeyPatch) -> Judgement:

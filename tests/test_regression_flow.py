@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner
 from endpoints import Endpoint, endpoint, engine_of, slowed
+from flow_runs import started
 from prometheus_server import needs_prometheus, prometheus, wait_for
 
 from open_autoglm.cli.main import cli
@@ -113,14 +113,6 @@ def deploy() -> None:
         flow.to_deployment(flow.name).apply()
 
 
-def started(flow: str = "reoptimize") -> list[Any]:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(f"{flow}/{flow}")
-        return [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
-
-
 def test_a_slow_engine_is_found_explained_and_answered(served: Endpoint, config: Path) -> None:
     """Well, then breached in two windows running, explained, and answered once; nobody's request is lost."""
     deploy()
@@ -136,7 +128,7 @@ def test_a_slow_engine_is_found_explained_and_answered(served: Endpoint, config:
     assert cause is not None
     # Which one it is depends on what else the tests' host does; test_probe and test_cause are about that.
     assert cause.evidence["probe_s"] == pytest.approx(3, abs=1)
-    assert len(started()) == is_curable(cause)
+    assert len(started(NAME)) == is_curable(cause)
     assert set(statuses) == {200}
     check_records(acted[0])
     check_answer(config, acted[0])
@@ -157,7 +149,7 @@ def check_answer(config: Path, acted: Judgement) -> None:
             start_reoptimization(watch, acted, cause)
 
     answer()
-    (run,) = started()
+    (run,) = started(NAME)
     asked = run.parameters["request"]
     assert asked["spec"]["output_tokens"] == 24
     assert asked["canary"] == {"weight_percent": 10, "shadow_percent": 20}
@@ -197,9 +189,10 @@ def test_a_second_bad_window_is_found_before_its_end(served: Endpoint, config: P
     from flows.regression import regression
 
     deploy()
-    config.write_text(config.read_text().replace(f"window: {WINDOW_S:g}s", "window: 40s"))
+    window_s = 40  # so long that a look costs little of it
+    config.write_text(config.read_text().replace(f"window: {WINDOW_S:g}s", f"window: {window_s}s"))
     with callers(served.url), slowed(engine_of(served), stopped_s=0.095, running_s=0.005):
-        time.sleep(40)
+        time.sleep(window_s)
         first: Judgement = regression(str(config))
         assert (first.state, first.again is None) == ("ok", False), first.reasons
         assert first.window is not None
@@ -212,7 +205,7 @@ def test_a_second_bad_window_is_found_before_its_end(served: Endpoint, config: P
     assert second.window is not None
     assert second.window.begin >= first.window.end
     ask_again(str(config), first)
-    (run,) = (run for run in started("regression") if run.parameters == {"config": str(config)})
+    (run,) = (run for run in started(NAME, "regression") if run.parameters == {"config": str(config)})
     assert run.expected_start_time == first.again
 
 

@@ -223,10 +223,11 @@ class _Case:
         if self.golden is None or not self.golden.tells:
             load = f"{self.now.load:.0%} instead of {self.before.load:.0%}"
             return f"it is never alone, and its load ({load}) is more than arrivals and lengths explain"
-        slowest = max(one for one in (self.golden.ttft, self.golden.tpot, self.golden.e2e) if one)
+        ratios = (self.golden.ttft, self.golden.tpot, self.golden.e2e)
+        surest = max((one for one in ratios if one), key=lambda one: one.low)
         return (
-            f"alone it takes {slowest.middle:.2f} times as long for the golden requests "
-            f"({slowest.low:.2f} to {slowest.high:.2f})"
+            f"alone it takes {surest.middle:.2f} times as long for the golden requests "
+            f"({surest.low:.2f} to {surest.high:.2f})"
         )
 
     def evidence(self) -> dict[str, float | str]:

@@ -59,8 +59,8 @@ optimize:
   model_path: {model}
   engines: [onnxruntime]
   search_generations: 0
-  rounds: 5
-  timing_budget_s: 15  # on a busy host; on another, the width ends it
+  rounds: 20  # of a millisecond each: some take a hundred times as long where others have the cores
+  timing_budget_s: 60  # on a busy host; on another, the width ends it
   target_width: 0.3
   quality_tokens: 64
   min_quality: 0.5

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
 import httpx
+from prefect_api import ask_prefect
 
 from open_autoglm.errors import UserError
 from open_autoglm.settings import Settings
 
 _DEPLOYMENT = "regression/regression"
-_ANSWER_S = 30.0
-_PATIENCE_S = 30.0
-"""With a database that others write to: Prefect says 503 then, and its own clients ask again."""
 
 
 def look_every(settings: Settings, service: str, seconds: float) -> None:
@@ -22,17 +21,17 @@ def look_every(settings: Settings, service: str, seconds: float) -> None:
     since the schedule has a slug. Raises UserError."""
     stop_looking(settings, service)
     asked = {"slug": _slug(service), "schedule": {"interval": seconds}, "parameters": {"config": service}}
-    with _prefect(settings) as prefect:
-        _answer(prefect, "POST", f"deployments/{_deployment(prefect)['id']}/schedules", [asked])
+    with _told(settings):
+        ask_prefect(settings, f"deployments/{_deployment(settings)['id']}/schedules", [asked])
 
 
 def stop_looking(settings: Settings, service: str) -> bool:
     """Whether there was anything to stop. What prefect.yaml says is not touched. Raises UserError."""
-    with _prefect(settings) as prefect:
-        deployment = _deployment(prefect)
+    with _told(settings):
+        deployment = _deployment(settings)
         ours = [found["id"] for found in deployment["schedules"] if found["slug"] == _slug(service)]
         for schedule in ours:
-            _answer(prefect, "DELETE", f"deployments/{deployment['id']}/schedules/{schedule}")
+            ask_prefect(settings, f"deployments/{deployment['id']}/schedules/{schedule}", method="DELETE")
     return bool(ours)
 
 
@@ -40,26 +39,20 @@ def _slug(service: str) -> str:
     return f"watch-{service}"
 
 
-def _prefect(settings: Settings) -> httpx.Client:
-    return httpx.Client(base_url=f"{settings.prefect_url}/api", timeout=_ANSWER_S, trust_env=False)
+def _deployment(settings: Settings) -> Any:
+    return ask_prefect(settings, f"deployments/name/{_DEPLOYMENT}", method="GET")
 
 
-def _deployment(prefect: httpx.Client) -> Any:
-    return _answer(prefect, "GET", f"deployments/name/{_DEPLOYMENT}").json()
-
-
-def _answer(prefect: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
-    patient_until = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            answer = prefect.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise UserError(f"Prefect does not answer at {prefect.base_url}: {error}: make up") from None
-        if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > patient_until:
-            break
-        time.sleep(0.5)
-    if answer.status_code == HTTPStatus.NOT_FOUND:
-        raise UserError(f"Prefect at {prefect.base_url} has no deployment {_DEPLOYMENT}: make up deploys it")
-    if answer.is_error:
-        raise UserError(f"Prefect refused {method} {path}: {answer.status_code} {answer.text[:200]}")
-    return answer
+@contextmanager
+def _told(settings: Settings) -> Iterator[None]:
+    """What goes wrong, as a UserError."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise UserError(f"Prefect does not answer at {settings.prefect_url}: {error}: make up") from None
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == HTTPStatus.NOT_FOUND:
+            raise UserError(
+                f"Prefect at {settings.prefect_url} has no deployment {_DEPLOYMENT}: make up deploys it"
+            ) from None
+        raise UserError(f"Prefect refused: {error}: {error.response.text[:200]}") from None

@@ -8,22 +8,18 @@ the monitoring ``AUTOGLM_PROMETHEUS_PORT``, ``AUTOGLM_ALERTMANAGER_PORT`` and ``
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import click
+import httpx
 import monitoring
 import psutil
+from prefect_api import ask_prefect
 from processes import HOST, Processes, Service
 from schedules import look_every, stop_looking
 
@@ -38,8 +34,6 @@ from open_autoglm.units import Duration
 
 PROJECT = Path(__file__).resolve().parent.parent
 POOL = "cpu-pool"
-_PATIENCE_S = 30.0
-"""With a database that others write to."""
 
 log = logging.getLogger("stack")
 
@@ -107,14 +101,14 @@ def environment(settings: Settings) -> Mapping[str, str]:
     }
 
 
-# ── Prefect's REST API ───────────────────────────────────────────────────────────────────────────
+# ── Prefect's workers and runs ───────────────────────────────────────────────────────────────────
 
 
 def heartbeat_since(started: datetime, settings: Settings) -> bool:
     """Whether the worker has reported to the server since it was started."""
     try:
         workers = ask_prefect(settings, f"work_pools/{POOL}/workers/filter", {})
-    except OSError:  # no server, or no pool yet: the worker creates it
+    except httpx.HTTPError:  # no server, or no pool yet: the worker creates it
         return False
     beats = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
     return any(datetime.fromisoformat(beat) > started for beat in beats)
@@ -138,27 +132,6 @@ def is_flow_process(pid: str | None) -> bool:
         return pid is not None and "prefect.engine" in psutil.Process(int(pid)).cmdline()
     except psutil.Error:
         return False
-
-
-def ask_prefect(settings: Settings, path: str, body: Mapping[str, Any]) -> Any:
-    """POST to Prefect's REST API, again while its database is busy (503), as Prefect's own clients do.
-
-    Raises OSError if it refuses or does not answer.
-    """
-    request = urllib.request.Request(
-        f"{settings.prefect_url}/api/{path}",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    patient_until = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > patient_until:
-                raise
-        time.sleep(0.5)
 
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────

@@ -38,9 +38,10 @@ def outcome_of(studies: Sequence[Study], champion: str | None) -> Outcome:
     """What the last rung says, where ``champion`` is the version that has the alias by now."""
     kind, told, challenger = _conclusion(studies, champion)
     last = studies[-1]
+    because = "; ".join(last.verdict.reasons)
     return Outcome(
         kind=kind,
-        told=" ".join((told, *([f"{'; '.join(last.verdict.reasons)}."] if last.verdict.reasons else []))),
+        told=f"{told} {because}." if because else told,
         model_name=registered_name(last.spec, last.checkpoint.name),
         challenger=challenger,
         champion=champion,

@@ -22,6 +22,7 @@ from bundles import altered, openable_study
 from click.testing import CliRunner
 from demo_host import demo_hardware
 from endpoints import Endpoint, endpoint
+from prefect_api import ask_prefect
 from prometheus_server import free_port, hasten, wait_for
 from registries import Shelf
 from services import with_other_weights
@@ -141,7 +142,7 @@ class Stage:
         self.command("slow", "--by", f"{self.slower_percent:.0f}%")
 
     def prefect(self, path: str, body: Mapping[str, Any]) -> Any:
-        return stack.ask_prefect(self.settings, path, body)
+        return ask_prefect(self.settings, path, body)
 
     def metrics(self) -> str:
         return httpx.get(f"{self.server.url}/metrics").text

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import stack
 from conftest import REPOSITORY
+from prefect_api import ask_prefect
 from processes import Processes, Service
 
 from open_autoglm.errors import UserError
@@ -154,7 +155,7 @@ def test_a_server_that_was_killed_knows_who_has_the_device(tmp_path: Path) -> No
     kept = Processes(settings.home, REPOSITORY, stack.environment(settings))
 
     def ask(path: str, body: dict[str, Any]) -> Any:
-        return stack.ask_prefect(settings, path, body)
+        return ask_prefect(settings, path, body)
 
     def started(deployment: str) -> Any:
         run = ask(f"deployments/{deployment}/create_flow_run", {})
@@ -189,7 +190,7 @@ def test_up_deploys_and_down_leaves_nothing(tmp_path: Path) -> None:
         return subprocess.run([sys.executable, script, *command], env=environment, cwd=tmp_path).returncode
 
     def ask(path: str, body: dict[str, Any]) -> Any:
-        return stack.ask_prefect(settings, path, body)
+        return ask_prefect(settings, path, body)
 
     try:
         assert run("up") == 0

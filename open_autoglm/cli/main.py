@@ -209,9 +209,9 @@ def reproduce(study: Path, trial: str, as_json: bool) -> None:
 )
 def serve(**arguments: Any) -> None:
     """Serve SOURCE as OpenAI's API: a bundle, a study's directory, or models:/NAME@champion."""
-    from open_autoglm.cli.serve import run_serve
+    from open_autoglm.cli.serve import ServeArguments, run_serve
 
-    sys.exit(run_serve(**arguments))
+    sys.exit(run_serve(ServeArguments(**arguments)))
 
 
 @cli.command()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from open_autoglm.bundle import SERVED_TOKENS, open_bundle
 from open_autoglm.errors import UserError
-from open_autoglm.schemas import Slo
+from open_autoglm.schemas import Manifest, Slo
 from open_autoglm.serving.access import AccessOptions
 from open_autoglm.serving.keys import Key, key_line, keys_of, new_secret, parse_rate, read_keys
 from open_autoglm.serving.last_good import remember
@@ -25,66 +26,55 @@ from open_autoglm.tracking import CHAMPION, in_use
 from open_autoglm.units import Duration
 
 
-def run_serve(
-    source: str,
-    host: str,
-    port: int,
-    name: str | None,
-    slots: int,
-    max_tokens: int | None,
-    threads: int | None,
-    chunk_tokens: int,
-    reuse_prefixes: bool,
-    queue: int,
-    deadline_s: float,
-    slo_ttft: str | None,
-    slo_tpot: str | None,
-    slo_e2e: str | None,
-    follow: bool,
-    keys: Path | None,
-    no_keys: bool,
-    rate: str | None,
-    allow_host: tuple[str, ...],
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    log: Path | None,
-    log_prompts: bool,
-) -> int:
-    """Serve until interrupted; 0."""
+@dataclass(frozen=True)
+class ServeArguments:
+    """What the command was given; see its help."""
+
+    source: str
+    host: str
+    port: int
+    name: str | None
+    slots: int
+    max_tokens: int | None
+    threads: int | None
+    chunk_tokens: int
+    reuse_prefixes: bool
+    queue: int
+    deadline_s: float
+    slo_ttft: str | None
+    slo_tpot: str | None
+    slo_e2e: str | None
+    follow: bool
+    keys: Path | None
+    no_keys: bool
+    rate: str | None
+    allow_host: tuple[str, ...]
+    tls_cert: Path | None
+    tls_key: Path | None
+    log: Path | None
+    log_prompts: bool
+
+
+def run_serve(asked: ServeArguments) -> int:
+    """Serve until interrupted; 0. Raises UserError."""
     settings = Settings()
-    access = AccessOptions(
-        keys=() if no_keys else _keys(settings, keys),
-        exposed=no_keys,
-        rate_per_min=parse_rate(rate) if rate else None,
-        hosts=allow_host,
-    )
-    if no_keys and keys:
-        raise UserError("--keys and --no-keys contradict each other: give one of them")
-    tls = _tls(tls_cert, tls_key)
-    slo = _slo(slo_ttft, slo_tpot, slo_e2e)
-    found = find_source(source, settings)
+    access, tls, slo = _access(asked, settings), _tls(asked), _slo(asked)
+    found = find_source(asked.source, settings)
     manifest, _ = open_bundle(found.bundle, verify=False)  # the server verifies it
     engine_log = settings.home / "logs" / f"engine-{os.getpid()}.log"
     engine_log.parent.mkdir(parents=True, exist_ok=True)
     options = ServerOptions(
-        host=host,
-        port=port,
-        name=name or manifest.name,
+        host=asked.host,
+        port=asked.port,
+        name=asked.name or manifest.name,
         source=found,
-        follow=follow and found.alias == CHAMPION,
-        engine=EngineOptions(
-            bundle=found.bundle,
-            slots=slots,
-            max_tokens=min(max_tokens or SERVED_TOKENS, manifest.context_tokens),
-            threads=threads or len(os.sched_getaffinity(0)),
-            chunk_tokens=chunk_tokens,
-            reuse_prefixes=reuse_prefixes,
-        ),
-        service=ServiceOptions(queue=queue, deadline_s=deadline_s),
+        follow=asked.follow and found.alias == CHAMPION,
+        engine=_engine(asked, found.bundle, manifest),
+        service=ServiceOptions(queue=asked.queue, deadline_s=asked.deadline_s),
         slo=slo,
         access=access,
         tls=tls,
-        log=LogOptions(file=log, prompts=log_prompts),
+        log=LogOptions(file=asked.log, prompts=asked.log_prompts),
         engine_log=engine_log,
         home=settings.home,
     )
@@ -102,6 +92,17 @@ def run_serve(
     return 0
 
 
+def _access(asked: ServeArguments, settings: Settings) -> AccessOptions:
+    if asked.no_keys and asked.keys:
+        raise UserError("--keys and --no-keys contradict each other: give one of them")
+    return AccessOptions(
+        keys=() if asked.no_keys else _keys(settings, asked.keys),
+        exposed=asked.no_keys,
+        rate_per_min=parse_rate(asked.rate) if asked.rate else None,
+        hosts=asked.allow_host,
+    )
+
+
 def _keys(settings: Settings, file: Path | None) -> tuple[Key, ...]:
     """From the environment and from a file. Raises UserError."""
     return (
@@ -111,9 +112,15 @@ def _keys(settings: Settings, file: Path | None) -> tuple[Key, ...]:
     )
 
 
-def _slo(ttft: str | None, tpot: str | None, e2e: str | None) -> Slo:
-    """Raises UserError."""
+def _tls(asked: ServeArguments) -> TlsOptions | None:
+    if asked.tls_cert is None and asked.tls_key is None:
+        return None
+    if asked.tls_cert is None or asked.tls_key is None:
+        raise UserError("a certificate needs its key: give both --tls-cert and --tls-key")
+    return TlsOptions(certificate=asked.tls_cert, key=asked.tls_key)
 
+
+def _slo(asked: ServeArguments) -> Slo:
     def limit_ms(option: str, text: str | None) -> float | None:
         try:
             return None if text is None else Duration(text).ms
@@ -121,18 +128,21 @@ def _slo(ttft: str | None, tpot: str | None, e2e: str | None) -> Slo:
             raise UserError(f"{option}: {error}") from error
 
     return Slo(
-        ttft_p95_ms=limit_ms("--slo-ttft", ttft),
-        tpot_p95_ms=limit_ms("--slo-tpot", tpot),
-        e2e_p95_ms=limit_ms("--slo-e2e", e2e),
+        ttft_p95_ms=limit_ms("--slo-ttft", asked.slo_ttft),
+        tpot_p95_ms=limit_ms("--slo-tpot", asked.slo_tpot),
+        e2e_p95_ms=limit_ms("--slo-e2e", asked.slo_e2e),
     )
 
 
-def _tls(certificate: Path | None, key: Path | None) -> TlsOptions | None:
-    if certificate is None and key is None:
-        return None
-    if certificate is None or key is None:
-        raise UserError("a certificate needs its key: give both --tls-cert and --tls-key")
-    return TlsOptions(certificate=certificate, key=key)
+def _engine(asked: ServeArguments, bundle: Path, manifest: Manifest) -> EngineOptions:
+    return EngineOptions(
+        bundle=bundle,
+        slots=asked.slots,
+        max_tokens=min(asked.max_tokens or SERVED_TOKENS, manifest.context_tokens),
+        threads=asked.threads or len(os.sched_getaffinity(0)),
+        chunk_tokens=asked.chunk_tokens,
+        reuse_prefixes=asked.reuse_prefixes,
+    )
 
 
 def _tell(url: str, name: str, *, with_key: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from open_autoglm.limits import is_complete, latency_figure
 from open_autoglm.objectives import Goal, change_words, duel
 from open_autoglm.schemas import Comparison, NoiseFloor, OptimizeSpec, Trial
-from open_autoglm.units import quantity
+from open_autoglm.units import percent_as_given, quantity
 
 
 def explain(
@@ -80,9 +80,9 @@ def _quality_reasons(champion: Trial, spec: OptimizeSpec) -> list[str]:
     assert quality is not None
     reasons = [
         f"keeps {quality.ratio:.2%} of the reference's quality on the worse path "
-        f"({quality.worse_path}); {spec.min_quality:.0%} was asked for",
+        f"({quality.worse_path}); {percent_as_given(spec.min_quality)} was asked for",
         f"its likeliest token is not the reference's at {quality.flipping.token_flips:.1%} of positions "
-        f"({quality.flipping_path}); {spec.max_token_flips:.0%} is allowed",
+        f"({quality.flipping_path}); {percent_as_given(spec.max_token_flips)} is allowed",
     ]
     worse = quality.worse
     if not worse.clear_of_limit:

@@ -14,6 +14,7 @@ from open_autoglm.measure.comparison import promotes, rounds_needed
 from open_autoglm.objectives import Goal, change_words, duel, goal_of
 from open_autoglm.reasons import explain, why
 from open_autoglm.schemas import Comparison, NoiseFloor, OptimizeSpec, Trial, Verdict, beyond
+from open_autoglm.units import percent_as_given
 
 MEMORY_MARGIN = 0.02
 """Peak memory differs by less than this between runs of the same process; a gain must be larger."""
@@ -109,7 +110,8 @@ def _challenge(
         and not beyond(min(duelled.change, 0.0), noise.floor)
     )
     if duelled.interval[0] > -spec.target_width or (duelled.clear and within_noise):
-        keep = f"{told}: no improvement of {spec.target_width:.0%} or beyond noise, so the champion stays"
+        least = percent_as_given(spec.target_width)
+        keep = f"{told}: no improvement of {least} or beyond noise, so the champion stays"
         return Verdict(kind="tie", reasons=(keep,), nearest=best.id), incumbent.id, incumbent
     if duelled.clear and noise is not None:
         quiet = f"two processes of one candidate differ by up to {noise.floor:.1%}: a quieter host would tell"

@@ -134,6 +134,11 @@ def number(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def percent_as_given(share: float) -> str:
+    """A limit, with no digit lost: '99%' and '0.1%'."""
+    return f"{100 * share:.6g}%"
+
+
 def quantity(value: float, unit: str) -> str:
     """A figure with its unit. Memory is in MiB up to 10 GiB, so that engines compare at a glance."""
     if unit == "bytes":

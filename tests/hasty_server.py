@@ -10,7 +10,7 @@ from open_autoglm.cli import main, serve
 from open_autoglm.serving import server
 from open_autoglm.serving.connection import Patience
 
-PATIENCE = Patience(connections=1000, head_s=2, body_s=1, write_s=2)
+PATIENCE = Patience(connections=1000, idle_s=5, head_s=2, body_s=1, write_s=2)
 _UNREAD_BYTES = 1 << 14
 """That the kernel keeps for a client; connections have it from the socket they come in by."""
 

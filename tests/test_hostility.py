@@ -29,6 +29,7 @@ PROMPT = "The capital of France is"
 HASTY = (str(Path(__file__).parent / "hasty_server.py"),)
 BODY: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
 LONG: dict[str, Any] = {**BODY, "max_tokens": 480, "ignore_eos": True, "stream": True}
+HEALTHY = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SLACK_S = 10.0
 """A loaded machine may be that late; what is never ended takes longer."""
 
@@ -136,9 +137,12 @@ def check_refusal(response: httpx.Response, *statuses: int) -> dict[str, Any]:
 # ── who is slow ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_headers_that_never_end_are_not_waited_for(served: Endpoint) -> None:
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_headers_that_never_end_are_not_waited_for(served: Endpoint, asked_before: bool) -> None:
     """Though a byte comes now and then ("Slowloris")."""
     with connect(served) as slow:
+        if asked_before:
+            check_health(slow)
         head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"X-Pad: 1\r\n" * 200
         took_s = drip(slow, head)
         assert until_closed(slow) == b""
@@ -155,7 +159,7 @@ def test_a_body_that_never_ends_is_not_waited_for(served: Endpoint) -> None:
     assert PATIENCE.body_s - 0.1 < took_s < PATIENCE.body_s + SLACK_S
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", message(BODY)])
+@pytest.mark.parametrize("said", [b"", HEALTHY, message(BODY)])
 def test_who_says_nothing_more_is_left(served: Endpoint, said: bytes) -> None:
     """Before the first request, and after an answer."""
     begin = time.monotonic()
@@ -163,7 +167,22 @@ def test_who_says_nothing_more_is_left(served: Endpoint, said: bytes) -> None:
         silent.sendall(said)
         answer = until_closed(silent)
     assert answer.startswith(b"HTTP/1.1 200" if said else b"")
-    assert time.monotonic() - begin < PATIENCE.head_s + SLACK_S
+    assert time.monotonic() - begin < (PATIENCE.idle_s if said else PATIENCE.head_s) + SLACK_S
+
+
+def test_who_pauses_between_two_requests_keeps_the_connection(served: Endpoint) -> None:
+    """For longer than headers may take: they take it for open, and lose what they send on it if it is not."""
+    with connect(served) as pausing:
+        for _ in range(2):
+            check_health(pausing)
+            time.sleep(PATIENCE.head_s + 1)
+        check_health(pausing)
+
+
+def check_health(connection: socket.socket) -> None:
+    """It answers, and goes on."""
+    connection.sendall(HEALTHY)
+    assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("stream", [True, False])

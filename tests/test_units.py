@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from open_autoglm.units import ByteSize, Duration, LengthMix, number, quantity
+from open_autoglm.units import ByteSize, Duration, LengthMix, number, percent_as_given, quantity
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,13 @@ def test_any_text_is_a_mix_or_a_value_error(text: str) -> None:
 def test_numbers_have_three_digits_and_no_exponent(value: float, text: str) -> None:
     """Large numbers keep all digits before the point, small ones three that matter."""
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.99, "99%"), (0.995, "99.5%"), (0.001, "0.1%"), (0.07, "7%"), (1.5, "150%")]
+)
+def test_a_limit_is_told_as_it_was_given(share: float, text: str) -> None:
+    assert percent_as_given(share) == text
 
 
 def test_memory_is_shown_in_mib_until_it_is_large() -> None:

@@ -35,8 +35,11 @@ class Patience(Model):
     """How many connections there may be, and how long a client may take for its part of one."""
 
     connections: int = 4096
+    idle_s: int = 120
+    """Between an answer's end and the next request. Longer than clients and proxies keep one (Go 90 s,
+    AWS and nginx 60 s): a request that is on its way when this side closes would be lost."""
     head_s: float = 10
-    """From the connection, or from the end of the last answer, to the end of a request's headers."""
+    """From the connection, or from the first byte of a later request, to the end of its headers."""
     body_s: float = 15
     write_s: float = 30
     """To take what has been written."""
@@ -117,6 +120,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.cycle is None or not self.cycle.more_body:
             data = _without_offers(data)
+        if not self.busy and self._head is None:
+            self._await_head()
         self._packet_bytes = len(data)
         self._besides_bytes += len(data)
         super().data_received(data)
@@ -151,19 +156,12 @@ class Connection(HttpToolsProtocol):
             app = partial(_ended_by_closing, cycle, app)
         super()._start_asgi_task(cycle, app)
 
-    def on_response_complete(self) -> None:
-        self._await_head()
-        super().on_response_complete()  # takes up a request that had arrived already
-        if self.busy:
-            self._cancel_head()
-
     @property
     def busy(self) -> bool:
         """A request is being answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _await_head(self) -> None:
-        self._cancel_head()
         self._head = self.loop.call_later(self.patience.head_s, self.transport.abort)
 
     def _cancel_head(self) -> None:

@@ -108,6 +108,7 @@ async def serve(
     config = uvicorn.Config(
         _guarded(options, create_app(fleet, warning), fleet, listener, token),
         http=connection_class(options.patience),
+        timeout_keep_alive=options.patience.idle_s,
         ws="none",
         proxy_headers=False,  # anybody could say anything
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,

@@ -63,7 +63,7 @@ class Registry(Moves):
 
     def _crown(self, name: str, version: str, study: Study) -> None:
         """A challenger under test stays one."""
-        reason = " ".join(study.verdict.reasons)
+        reason = "; ".join(study.verdict.reasons)
         decide = partial(promoted, name, version=version)
         self._move(name, "register", decide, f"study {study.id}", reason, None, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from open_autoglm.monitoring.answer import is_curable
-from open_autoglm.monitoring.config import read_watch_spec, watch_file
+from open_autoglm.monitoring.config import find_watch
 from open_autoglm.schemas import Judgement
 from open_autoglm.settings import Settings
 from tasks.monitor import (
@@ -31,7 +31,7 @@ def regression(config: str) -> Judgement:
     Who comes amid a window, as an alert does, finds a breach if it is certain already. Where another look
     tells more before the schedule's next one, it is asked for.
     """
-    watch = read_watch_spec(watch_file(config, Settings().home))
+    watch = find_watch(config, Settings().home)
     judgement = judge_now(watch)
     if judgement.act:
         cause = find_cause(watch, judgement)

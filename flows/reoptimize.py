@@ -6,7 +6,7 @@ from prefect import flow
 
 from open_autoglm.ladder import goes_on, rungs
 from open_autoglm.schemas import Outcome, Reoptimization, Study
-from tasks.deploy import approved, challenge, decide, publish_outcome, renew, run_study
+from tasks.deploy import approved, challenge, decide, publish_outcome, renew, run_study, trial_under_way
 
 
 @flow(name="reoptimize", flow_run_name="reoptimize-{request.spec.called}")
@@ -14,9 +14,13 @@ def reoptimize(request: Reoptimization) -> Outcome:
     """Climb the ladder until a rung has an answer; its winner earns its place behind a canary, or goes back.
 
     Each rung is a study of its own under the same quality gate, and waits its turn for the device. The
-    champion stays where it is: the endpoint's judge promotes the challenger, or takes it away. Where nobody
-    is faster than a champion whose engine has become slow, that engine is started anew.
+    champion stays where it is: the endpoint's judge promotes the challenger, or takes it away. While it tries
+    one, nothing is studied. Where nobody is faster than a champion whose engine has become slow, that engine
+    is started anew.
     """
+    if (outcome := trial_under_way(request)) is not None:
+        publish_outcome(outcome, request)
+        return outcome
     studies: list[Study] = []
     for rung, spec in rungs(request):
         studies.append(run_study(rung, spec))
@@ -26,7 +30,7 @@ def reoptimize(request: Reoptimization) -> Outcome:
     if outcome.kind == "challenger" and request.require_approval:
         outcome = approved(outcome)
     if outcome.kind == "challenger":
-        challenge(outcome, request)
+        outcome = challenge(outcome, request)
     elif request.renew:
         outcome = renew(outcome)
     publish_outcome(outcome, request)

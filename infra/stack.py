@@ -25,7 +25,7 @@ from schedules import look_every, stop_looking
 
 from open_autoglm.cli.prefect_server import is_up
 from open_autoglm.errors import UserError
-from open_autoglm.monitoring.config import read_watch_spec, watch_file
+from open_autoglm.monitoring.config import find_watch
 from open_autoglm.monitoring.rules import write_slo
 from open_autoglm.progress import LOGGER
 from open_autoglm.schemas import Slo
@@ -117,7 +117,8 @@ def heartbeat_since(started: datetime, settings: Settings) -> bool:
 def bury_dead_runs(settings: Settings) -> None:
     """Tell the server of runs that died with the last worker; they would keep later studies waiting."""
     unfinished = {
-        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}},
+        # Who waits for a person's answer waits in a process; nobody would hear it.
+        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "PAUSED"]}}},
         "work_pools": {"name": {"any_": [POOL]}},
     }
     crashed = {"type": "CRASHED", "message": "Its worker was stopped. Run it again: it goes on where it was."}
@@ -194,7 +195,7 @@ def watch(service: str, every: str | None, stop: bool) -> None:
         stopped = stop_looking(settings, service)
         log.info("%s %s", service, "is not looked at any more" if stopped else "was not looked at from here")
         return
-    window = read_watch_spec(watch_file(service, settings.home)).judge.window
+    window = find_watch(service, settings.home).judge.window
     interval = _duration(every) if every else window
     if interval.ms < window.ms:
         raise UserError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import cast
+from uuid import UUID
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
-from prefect.exceptions import FlowPauseTimeout
-from prefect.flow_runs import pause_flow_run
+from prefect.exceptions import NotPausedError
+from prefect.flow_runs import pause_flow_run, resume_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 
@@ -23,6 +28,9 @@ from open_autoglm.study import load_study
 from tasks.register import PATIENCE_S, may_help, tracker
 
 _APPROVAL_S = 24 * 3600
+_PREFECT_WAITS_S = 3600
+"""Longer than we do: a run whose pause Prefect itself has given up can only fail."""
+_NOBODY = "nobody answered within a day"
 
 
 class Approval(RunInput):
@@ -73,14 +81,30 @@ def approved(outcome: Outcome) -> Outcome:
     Call inside a flow run, which waits for a day; no answer is a no.
     """
     note = f"**{outcome.told}**\n\nResume the run to answer."
-    try:
-        form = Approval.with_initial_data(description=note)
-        answer = pause_flow_run(wait_for_input=form, timeout=_APPROVAL_S, poll_interval=2)
-    except FlowPauseTimeout:
-        return _declined(outcome, "nobody approved within a day")
+    form = Approval.with_initial_data(description=note)
+    with _no_answer_is_a_no():
+        answer = pause_flow_run(wait_for_input=form, timeout=_APPROVAL_S + _PREFECT_WAITS_S, poll_interval=2)
     if answer.approve:
         return outcome
-    return _declined(outcome, f"a person declined: {answer.remark or 'without a remark'}")
+    by_itself = answer.remark == _NOBODY
+    return _declined(outcome, _NOBODY if by_itself else f"a person declined: {answer.remark or 'no remark'}")
+
+
+@contextmanager
+def _no_answer_is_a_no() -> Iterator[None]:
+    """The form is sent in by us if nobody has by then."""
+    timer = threading.Timer(_APPROVAL_S, copy_context().run, (_say_no, UUID(flow_run.get_id())))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say_no(run: UUID) -> None:
+    with suppress(NotPausedError):  # somebody has answered just now
+        resume_flow_run(run, run_input={"approve": False, "remark": _NOBODY})
 
 
 def _declined(outcome: Outcome, why: str) -> Outcome:
@@ -89,24 +113,46 @@ def _declined(outcome: Outcome, why: str) -> Outcome:
 
 
 @task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
-def challenge(outcome: Outcome, request: Reoptimization) -> None:
+def trial_under_way(request: Reoptimization) -> Outcome | None:
+    """What a study would come to while somebody is being tried: nothing, for its winner could not be."""
+    name = request.spec.register_as
+    now = tracker().aliases(name) if name else None
+    if name is None or now is None or now.challenger is None:
+        return None
+    told = f"Nothing is studied: {_tried(name, now.challenger)}."
+    return Outcome(kind="declined", told=told, model_name=name, champion=now.champion)
+
+
+def _tried(name: str, challenger: str) -> str:
+    return (
+        f"version {challenger} is being tried; its trial ends by the endpoint's verdict, or by `open-autoglm "
+        f"rollback {name}`"
+    )
+
+
+@task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)
+def challenge(outcome: Outcome, request: Reoptimization) -> Outcome:
     """Give the winner its share: the endpoint tries it, and its judge promotes it or takes it away.
 
-    Raises UserError if another version has become champion since the outcome. Idempotent.
+    Who is being tried stays, and the outcome is then one that is declined. Raises UserError if another one
+    has become champion since the outcome. Idempotent.
     """
     if outcome.challenger is None or outcome.champion is None:
         raise ValueError(f"an outcome that is {outcome.kind} has nobody to try")
     now = tracker().aliases(outcome.model_name)
     if (now.challenger, now.canary) == (outcome.challenger, request.canary):
-        return
+        return outcome
+    if now.challenger not in (None, outcome.challenger):
+        return _declined(outcome, _tried(outcome.model_name, now.challenger))
     tracker().canary(
         outcome.model_name,
         outcome.challenger,
         request.canary,
         by="reoptimize",
         reason=request.reason,
-        expected={"champion": outcome.champion},
+        expected={"champion": outcome.champion, "challenger": now.challenger},
     )
+    return outcome
 
 
 @task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)

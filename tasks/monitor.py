@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import cast
 
@@ -14,7 +14,7 @@ from prefect.deployments import run_deployment
 
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring.anchor import trial_anchor
-from open_autoglm.monitoring.answer import is_final, once_key, reoptimization
+from open_autoglm.monitoring.answer import LOOK_AGAIN_S, is_curable, is_final, once_key, reoptimization
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
 from open_autoglm.monitoring.picture import watch_figure
@@ -120,7 +120,9 @@ def settle(watch: WatchSpec, judgement: Judgement, problem: str | None) -> Judge
     it stays due, and the judgement says so."""
     if problem is None and judgement.cause is not None and not is_final(judgement.cause):
         problem = "its cause could not be looked for"
-    told = f"{problem}; the next look tries again" if problem else store_of(watch).answered()
+    cured = judgement.cause is not None and is_curable(judgement.cause)
+    again = None if cured else judgement.at + timedelta(seconds=LOOK_AGAIN_S)
+    told = f"{problem}; the next look tries again" if problem else store_of(watch).answered(again)
     if told is None:
         return judgement
     announce(told)

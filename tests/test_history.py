@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from open_autoglm.monitoring import endpoint
-from open_autoglm.monitoring.tape import Tape
+from open_autoglm.monitoring.tape import Series, Tape
 from open_autoglm.monitoring.windows import NoWindow, Role, window
 from open_autoglm.schemas import LatencyWindow, Slo
 from open_autoglm.serving import history
@@ -138,6 +139,49 @@ def test_everything_that_a_window_has_is_counted() -> None:
     assert (found.prompt_tokens.sum, found.output_tokens.sum) == (2 * 7 + 30 + 2 * 4, 2)
     assert found.error_fraction == 4 / 7
     assert (found.begin.timestamp(), found.seconds) == (BEGIN_S, 120)
+
+
+def test_who_left_is_counted_by_how_long_they_waited() -> None:
+    """Before the first token, and before the last one: whoever has no token has no last one."""
+    one = Watched(slo=Slo(ttft_p95_ms=137))
+    metrics = one.board.of("3", DIGEST, "champion")
+    show(metrics)
+    one.at(0)
+    now = [0.0]
+    metrics._clock = lambda: now[0]
+    for waited_s, begun in ((0.1, False), (0.2, False), (9.0, True)):
+        request = metrics.request(7)
+        if begun:
+            request.token(0, now[0])
+        now[0] += waited_s
+        request.finished("abort")
+    one.at(120)
+    left = counted(one).left_ms
+    assert (left["ttft"].count, left["ttft"].above(137.0)) == (2, 1)
+    assert (left["e2e"].count, left["e2e"].sum) == (3, pytest.approx(9300))
+    assert (counted(one).requests, counted(one).times_ms["e2e"].count) == (3, 0)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["vllm:request_prompt_tokens_bucket", "autoglm_engine_memory_bytes"])
+def test_a_counter_that_counts_nothing_is_a_reason(name: str, odd: float) -> None:
+    (one,) = champions("1")
+    tape = one.tape(BEGIN_S, BEGIN_S + 120)
+    assert isinstance(tape, Tape)
+    series = tuple(
+        Series(each.name, each.labels, (0.0,) * (len(each.values) - 1) + (odd,))
+        if each.name == name
+        else each
+        for each in tape.series
+    )
+
+    class Odd(Several):
+        def read(self, *_: Any) -> Sequence[Tape]:
+            return [Tape(tape.endpoint, tape.times_s, tape.lives, series)]
+
+    begin, end = (datetime.fromtimestamp(BEGIN_S + second, UTC) for second in (0, 120))
+    found = window(Odd(()), NAME, begin, end)
+    assert found == NoWindow(f"{name} is {odd}, which counts nothing")
 
 
 def test_times_are_in_their_buckets_in_milliseconds() -> None:

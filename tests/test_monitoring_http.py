@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from open_autoglm.files import write_atomic
@@ -143,6 +145,25 @@ def test_an_endpoint_of_another_time_is_told(tmp_path: Path) -> None:
     assert found.startswith(f"the clock of the endpoint at {url} is ")
     assert found.endswith(" s ahead of ours")
     assert reason(LocalEndpoints(tmp_path)).startswith("no endpoint runs here")
+
+
+def test_only_the_endpoint_that_the_watch_names_is_asked(tmp_path: Path) -> None:
+    """Not a test server of the same name beside it; and whoever is elsewhere is not here."""
+    history = {"now_s": time.time(), "started_s": 0, "times_s": [], "boot_s": [], "series": []}
+    with serving(encoded(history)) as named, serving(b"{}") as other:
+        for url in (named, other):
+            port = httpx.URL(url).port or 0
+            endpoint = LocalEndpoint(url=url, pid=os.getpid(), token="key")
+            write_atomic(tmp_path / "endpoints" / f"{port}.json", endpoint.model_dump_json(), mode=0o600)
+        port = httpx.URL(named).port
+        for host in ("127.0.0.1", "localhost", "[::1]", platform.node()):
+            found = reason(LocalEndpoints(tmp_path, f"http://{host}:{port}"))
+            assert found == "no endpoint here serves tiny"
+        for elsewhere in (f"http://gpu-host.example:{port}", "http://127.0.0.1:9"):
+            found = reason(LocalEndpoints(tmp_path, elsewhere))
+            assert f"no endpoint of this user on this machine serves at {elsewhere}, but at " in found
+            assert named in found
+            assert "or name a `prometheus`" in found
 
 
 def test_an_endpoint_that_serves_something_else_is_told(

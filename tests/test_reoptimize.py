@@ -152,6 +152,49 @@ def test_a_person_may_be_asked_first(shelf: Shelf, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("prefect_harness")
+def test_no_answer_is_a_no(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run ends well, with the outcome as its result: Prefect itself would only let it fail."""
+    from tasks import deploy
+
+    monkeypatch.setattr(deploy, "_APPROVAL_S", 3)
+    name = shelf.register("unanswered", 2)
+    outcome = run(monkeypatch, Studies(winner(name, "2")), request(require_approval=True))
+    assert (outcome.kind, outcome.challenger) == ("declined", None)
+    assert outcome.told == "Version 2 is registered and not tried: nobody answered within a day."
+    assert "challenger" not in shelf.aliases(name)
+
+
+@pytest.mark.usefixtures("prefect_harness")
+def test_who_is_being_tried_is_left_in_peace(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person's challenger, or the last study's: nothing is studied before its verdict."""
+    name = shelf.register("tried", 2)
+    shelf.tracker.canary(name, "2", SHARE, by="somebody")
+    spec = SPEC.model_copy(update={"register_as": name})
+    studies = Studies()
+    outcome = run(monkeypatch, studies, request(spec=spec, renew=True))
+    assert (outcome.kind, studies.asked) == ("declined", [])
+    assert outcome.told.startswith("Nothing is studied: version 2 is being tried")
+    assert shelf.aliases(name) == {"champion": "1", "challenger": "2"}
+
+
+@pytest.mark.usefixtures("prefect_harness")
+def test_who_came_during_the_study_is_left_in_peace(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = shelf.register("meanwhile", 3)
+
+    class Slow(Studies):
+        def __call__(self, rung: str, spec: OptimizeSpec) -> Study:
+            shelf.tracker.canary(name, "2", SHARE, by="somebody")
+            return super().__call__(rung, spec)
+
+    spec = SPEC.model_copy(update={"register_as": name})
+    outcome = run(monkeypatch, Slow(winner(name, "3")), request(spec=spec))
+    assert (outcome.kind, outcome.challenger) == ("declined", None)
+    assert outcome.told.startswith("Version 3 is registered and not tried: version 2 is being tried")
+    assert f"open-autoglm rollback {name}" in outcome.told
+    assert shelf.aliases(name) == {"champion": "1", "challenger": "2"}
+
+
+@pytest.mark.usefixtures("prefect_harness")
 def test_who_stays_gets_a_new_engine(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """If its engine had become slow; nobody else changes, and a host where it is not served is told."""
     name = shelf.register("stays", 1)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -18,6 +21,7 @@ from prometheus_server import wait_for
 
 from open_autoglm.cli.main import cli
 from open_autoglm.errors import UserError
+from open_autoglm.serving.local import LocalEndpoint, announced
 
 NAME = "tiny"
 SHARE = "autoglm_engine_slowed_share"
@@ -70,6 +74,29 @@ def test_it_is_slow_until_told_otherwise(served: Endpoint, admin: httpx.Client) 
     assert shown(served) == 0
     event = admin.get("/admin/fleet").json()["events"][-1]
     assert (event["kind"], "not slowed any more" in event["told"]) == ("slowed", True)
+
+
+def test_a_proxy_does_not_hear_the_key(served: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands are for this machine, whatever the environment says of others."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert served.url in command(served, "endpoints").output
+
+
+def test_whoever_took_the_port_is_told(tmp_path: Path) -> None:
+    """A file that was left behind, and another server's page."""
+    page = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        here = LocalEndpoint(url=f"http://127.0.0.1:{port}", pid=os.getpid(), token="key")
+        with announced(tmp_path, port, here):
+            found = CliRunner().invoke(cli, ["endpoints"], env={"AUTOGLM_HOME": str(tmp_path)})
+        server.shutdown()
+    assert isinstance(found.exception, UserError)
+    assert str(found.exception) == f"{here.url} answered with status 404 and not as an endpoint does"
 
 
 def test_another_engine_process_is_not_slow(served: Endpoint, admin: httpx.Client) -> None:

@@ -236,3 +236,37 @@ def looks(ask: Callable[[str, dict[str, Any]], Any]) -> dict[str, Any]:
         schedule["slug"]: (schedule["parameters"], schedule["schedule"].get("interval"))
         for schedule in found["schedules"]
     }
+
+
+# ── runs whose process is gone ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("prefect_harness")
+def test_a_run_that_waits_for_a_person_in_no_process_is_buried() -> None:
+    """Who answers it would be told that it goes on, and nobody would."""
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.settings import PREFECT_API_URL
+    from prefect.states import Paused, Pending, Running
+
+    @flow
+    def waiting() -> None: ...
+
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=stack.POOL, type="process"))
+        deployment = client.create_deployment(
+            client.create_flow(waiting), name="waiting", work_pool_name=stack.POOL
+        )
+        run = client.create_flow_run_from_deployment(deployment, state=Pending())
+        client.update_flow_run(run.id, infrastructure_pid=str(2**22 + 1))
+        for state in (Running(), Paused(timeout_seconds=3600)):
+            client.set_flow_run_state(run.id, state)
+        url = httpx.URL(str(PREFECT_API_URL.value()))
+        stack.bury_dead_runs(Settings(prefect_port=url.port or 0))
+        found = client.read_flow_run(run.id)
+    assert found.state is not None
+    assert (found.state.type.value, found.state.message) == (
+        "CRASHED",
+        "Its worker was stopped. Run it again: it goes on where it was.",
+    )

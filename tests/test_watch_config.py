@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from open_autoglm.errors import UserError
-from open_autoglm.monitoring.config import read_watch_spec
+from open_autoglm.monitoring.config import find_watch, read_watch_spec
 
 EXAMPLE = Path(__file__).parent.parent / "infra" / "watch" / "demo-glm.yaml"
 
@@ -111,6 +111,20 @@ def test_addresses_are_taken_as_they_are(tmp_path: Path) -> None:
         assert read_watch_spec(path).prometheus == address
 
 
+def test_a_name_is_about_its_own_service(tmp_path: Path) -> None:
+    """A copy whose service was not changed would have another one watched, and nobody this one."""
+    path = tmp_path / "watches" / "copied.yaml"
+    path.parent.mkdir()
+    path.write_text("# copied\n" + EXAMPLE.read_text())
+    with pytest.raises(UserError) as caught:
+        find_watch("copied", tmp_path)
+    line = line_of(path, "service: demo-glm")
+    assert str(caught.value).startswith(f"{path}:{line}: it is about `demo-glm`: write `service: copied`")
+    path.rename(path.with_name("demo-glm.yaml"))
+    assert find_watch("demo-glm", tmp_path).service == "demo-glm"
+    assert find_watch(str(EXAMPLE), tmp_path).service == "demo-glm"
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     path = edited(tmp_path, "ttft_p95: 2s", "ttft_p59: 2s\n  error_rate: 1")
     with pytest.raises(UserError) as caught:
@@ -125,10 +139,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         (b"service: \xff\xfe", "is not UTF-8 text: byte 9 is not"),
         (b"- service", "watch.yaml:1: a watch is a mapping"),
         (b"", "watch.yaml:1: a watch is a mapping"),
-        (b"service: a\x00b", "this is not YAML"),
+        (b"slo:\n  service: a\x00b", "watch.yaml:2: this is not YAML"),
         (b"a: &a [1]\nb: *a", "watch.yaml:2: `*a` stands for another place: write it out"),
         (b"a: &a [*a]", "watch.yaml:1: `*a` stands for another place"),
-        (b"service: 2026-13-14", "watch.yaml: a value in it cannot be read: month must be in 1..12"),
+        (b"slo: {}\nservice: 2026-13-14", "watch.yaml:2: a value cannot be read: month must be in 1..12"),
         (b"a: " + b"[" * 5000 + b"]" * 5000, "watch.yaml is nested too deeply"),
         (b"? {a: b}\n: c", "watch.yaml:1: this is not YAML"),
         (b"!!python/object/apply:os.system ['true']", "watch.yaml:1: this is not YAML"),

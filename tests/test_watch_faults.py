@@ -104,6 +104,20 @@ def test_who_is_killed_before_it_acts_has_a_successor(store: WatchStore, tmp_pat
     assert "nothing is done before" in last.reasons[-1]
 
 
+def test_a_cause_that_was_only_told_blinds_nobody(store: WatchStore) -> None:
+    """More callers, say: an hour later it may be the engine. A second telling changes nothing."""
+    first = seen(store, window(1, bad=200))
+    assert first.act
+    again = first.at + timedelta(hours=1)
+    assert store.answered(again) is None
+    assert store.memory().memory.state.cool_until == again
+    later = [seen(store, window(number, bad=200)) for number in range(2, 6)]
+    assert [one.act for one in later] == [False, False, False, True]
+    assert store.answered() is None
+    assert store.answered(again) is None
+    assert store.memory().memory.state.cool_until == later[-1].at + timedelta(hours=6)
+
+
 def test_of_two_at_once_one_acts(store: WatchStore, tmp_path: Path) -> None:
     """The other one waits for it, and then finds the window judged: both are in the history."""
     with looking(tmp_path) as one, looking(tmp_path) as other:

@@ -113,6 +113,53 @@ def test_a_bound_between_buckets_counts_what_surely_is_above() -> None:
     assert kept.bad == 0
 
 
+def test_what_lies_beyond_the_last_bucket_keeps_no_promise() -> None:
+    """Nobody knows how far beyond. A few there may be: so many may break it."""
+    policy = POLICY.model_copy(update={"slo": Slo(ttft_p95_ms=30_000)})
+    for late, state in ((20, "ok"), (200, "no_data")):
+        times = histogram(100, 400).model_copy(update={"counts": (0, 0, 400 - late, 0, 0, 0, 0, 0, late)})
+        (found,), _ = judged([window(times_ms={"ttft": times})], policy=policy)
+        assert found.state == state
+    assert found.reasons[0] == (
+        "ttft: 200 of 400 answers were over 20,000 ms, where the last bucket ends, so it is not known how "
+        "many were over 30,000 ms: serve it with --slo-ttft 30000ms"
+    )
+
+
+# ── who does not wait for an answer ──────────────────────────────────────────────────────────────
+
+
+def leaving(number: int, after_ms: float, count: int = 300) -> LatencyWindow:
+    """Of 400 clients, ``count`` leave without a token."""
+    left = histogram(after_ms, count)
+    return window(number, requests=400 - count, left_ms={"ttft": left, "e2e": left}).model_copy(
+        update={"requests": 400}
+    )
+
+
+def test_clients_who_waited_for_longer_than_was_promised_break_the_promise() -> None:
+    """Those who were answered were all in time; everybody else had left."""
+    found, _ = judged([leaving(n, 20_000) for n in range(2)])
+    assert states(found) == ["ok", "breached"]
+    said = (
+        "ttft: 300 of 400 answers were over 500 ms; 5 % may be (300 clients had left by then, after as long)"
+    )
+    assert found[1].reasons[0] == f"{said}, in 2 windows running"
+    assert states(judged([leaving(n, 20_000, 400) for n in range(2)])[0]) == ["ok", "breached"]
+
+
+def test_clients_who_left_before_that_say_nothing() -> None:
+    """Whoever changes their mind; an answer might have come in time."""
+    assert states(judged([leaving(n, 100) for n in range(2)])[0]) == ["ok", "ok"]
+    (found,), _ = judged([leaving(0, 100, 400)])
+    assert found.state == "no_data"
+
+
+def test_without_any_promise_nobody_answering_is_no_health() -> None:
+    (found,), _ = judged([HUNG], policy=POLICY.model_copy(update={"slo": Slo()}))
+    assert (found.state, found.reasons) == ("no_data", ("400 requests in the window, and none was answered",))
+
+
 def test_a_service_that_answers_nobody_is_breached() -> None:
     """It has no times at all, and that is no excuse."""
     refusing = {"requests": 0, "refused": 400, "times_ms": {}, "output_tokens": 0}
@@ -189,6 +236,27 @@ def test_a_breach_ends_after_two_calm_windows_running() -> None:
     assert states(found) == ["ok", "breached", "breached", "breached", "breached", "ok", "ok"]
     assert state.breach is None
     assert "not over yet" in found[4].reasons[0]
+
+
+def test_a_promise_that_is_not_made_any_more_holds_no_breach_open() -> None:
+    """A mistaken one is mended in the file."""
+    _, state = judged([window(n, bad=200) for n in range(3)])
+    mended = POLICY.model_copy(update={"slo": Slo(e2e_p95_ms=5000)})
+    found, after = judged([window(3 + n, bad=200) for n in range(3)], state=state, policy=mended)
+    assert states(found) == ["breached", "ok", "ok"]
+    assert after.breach is None
+    assert found[1].reasons[-1].endswith("by ttft is over")
+
+
+@pytest.mark.parametrize("lost", ["baseline", "lengths"])
+def test_a_shift_that_cannot_be_compared_any_more_holds_no_breach_open(lost: str) -> None:
+    """The baseline is gone, or the traffic is one that it has not seen: no window could ever end it."""
+    found, state = judged([traffic(FIRST + 5 + n, slower=1.3) for n in range(3)], KNOWN)
+    assert states(found)[-1] == "breached"
+    changes = {"prompt_tokens": 300.0} if lost == "lengths" else {}
+    later = [traffic(FIRST + 8 + n, **changes) for n in range(3)]
+    found, _ = judged(later, None if lost == "baseline" else KNOWN, state)
+    assert states(found) == ["breached", "ok", "ok"]
 
 
 def test_a_shift_ends_only_well_below_where_it_began() -> None:

@@ -77,15 +77,19 @@ def _ask(here: LocalEndpoint, method: str, path: str, body: Json | None = None) 
     verify = ssl.create_default_context(cafile=here.certificate) if here.certificate else True
     headers = {"Authorization": f"Bearer {here.token}"}
     try:
-        response = httpx.request(
-            method, f"{here.url}{path}", json=body, headers=headers, timeout=timeout, verify=verify
-        )
+        # Through no proxy that the environment names: it would hear the key, and cannot reach a loopback.
+        with httpx.Client(headers=headers, timeout=timeout, verify=verify, trust_env=False) as client:
+            response = client.request(method, f"{here.url}{path}", json=body)
     except httpx.HTTPError as error:
         raise UserError(f"{here.url} does not answer: {error}; is its process {here.pid} alive?") from error
-    answer: Json = response.json()
-    if response.is_error:
-        raise UserError(str(answer["error"]["message"]))
-    return answer
+    try:
+        answer: Json = response.json()
+        if not response.is_error:
+            return answer
+        told = str(answer["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        told = f"{here.url} answered with status {response.status_code} and not as an endpoint does"
+    raise UserError(told)
 
 
 def _tell(url: str, fleet: Json) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import click
 
 from open_autoglm.monitoring.anchor import trial_anchor
-from open_autoglm.monitoring.config import WatchSpec, read_watch_spec, watch_file
+from open_autoglm.monitoring.config import WatchSpec, find_watch
 from open_autoglm.monitoring.diagnosis import diagnose, remember_good_times
 from open_autoglm.monitoring.sources import fetch
 from open_autoglm.monitoring.watch import look
@@ -25,7 +25,7 @@ def run_watch(config: str, *, once: bool, as_json: bool) -> int:
 
     Returns 0 if all is well, 3 at a breach, 4 where there is nothing to judge by.
     """
-    watch = read_watch_spec(watch_file(config, Settings().home))
+    watch = find_watch(config, Settings().home)
     while True:
         judgement = _look(watch)
         click.echo(judgement.model_dump_json() if as_json else _words(judgement))

@@ -12,6 +12,9 @@ CURABLE = ("mix", "engine")
 
 _HOUR_S = 3600
 
+LOOK_AGAIN_S = 3600.0
+"""After a cause that was only told. By then it may be another one, and a probe costs half a minute."""
+
 
 def is_curable(cause: Cause) -> bool:
     return cause.kind in CURABLE

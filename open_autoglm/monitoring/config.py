@@ -158,6 +158,20 @@ def watch_file(named: str, home: Path) -> Path:
     raise UserError(f"no watch is known as {named!r}: write {places[0]}, like infra/watch/demo-glm.yaml")
 
 
+def find_watch(named: str, home: Path) -> WatchSpec:
+    """What `watch_file` finds. Raises UserError, also if the file of a name is about another service."""
+    path = watch_file(named, home)
+    spec = read_watch_spec(path)
+    if path != Path(named) and spec.service != named:
+        import yaml
+
+        line = _line(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), ("service",))
+        raise UserError(
+            f"{path}:{line}: it is about `{spec.service}`: write `service: {named}`, or rename it"
+        )
+    return spec
+
+
 def read_watch_spec(path: Path) -> WatchSpec:
     """Raises UserError: a sentence per mistake, each with ``file:line``."""
     import yaml
@@ -175,10 +189,13 @@ def read_watch_spec(path: Path) -> WatchSpec:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise UserError(f"{path}:{line}: this is not YAML: {error.reason}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: this is not YAML: {error}") from None
     except ValueError as error:  # what looks like a date and is none
-        raise UserError(f"{path}: a value in it cannot be read: {error}") from None
+        raise UserError(f"{path}:{_odd_line(root)}: a value cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: a watch has two levels") from None
     if not isinstance(content, dict):
@@ -221,6 +238,20 @@ def _mappings(node: Node | None) -> Iterator[list[tuple[str, int]]]:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             yield from _mappings(value)
+
+
+def _odd_line(node: Node | None) -> int:
+    """Of the first value that is not what it looks like; 1 if each is."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            yaml.safe_load(node.value)
+        except ValueError:
+            return node.start_mark.line + 1
+    values = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else []
+    parts = node.value if isinstance(node, yaml.SequenceNode) else values
+    return next((line for part in parts if (line := _odd_line(part)) > 1), 1)
 
 
 def _line(node: Node | None, location: Sequence[int | str]) -> int:

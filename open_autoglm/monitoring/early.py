@@ -93,7 +93,7 @@ def judge_early(
         so_far = (_told_so_far(promise, broken) for promise in kept)
         return _not_yet(window, (*so_far, end), state, policy, now), state
     figures = {"requests": float(window.requests), **promise_figures(window, kept)}
-    look = Look(state.tracks, state.broken, alarms, frozenset(), (), figures)
+    look = Look(state.tracks, state.broken, alarms, frozenset(alarms), (), figures)
     return decide(window, look, state, policy, now)
 
 

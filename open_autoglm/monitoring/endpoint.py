@@ -24,9 +24,10 @@ _SET_S = 5.0
 
 @dataclass(frozen=True)
 class LocalEndpoints:
-    """The servers that leave their files under ``home``."""
+    """The server at ``address``, or all, of those that leave their files under ``home``."""
 
     home: Path
+    address: str | None = None
 
     @property
     def name(self) -> Literal["endpoint"]:
@@ -37,6 +38,10 @@ class LocalEndpoints:
         here = local_endpoints(self.home)
         if not here:
             return NoWindow(f"no endpoint runs here: none left its file under {self.home / 'endpoints'}")
+        if self.address is not None:
+            here = tuple(endpoint for endpoint in here if endpoint.is_at(self.address))
+        if not here:
+            return NoWindow(self._nobody_there())
         found = [_history(endpoint, begin, end) for endpoint in here]
         tapes = [
             _tape(endpoint, history)
@@ -48,6 +53,13 @@ class LocalEndpoints:
             return NoWindow("; ".join(reasons) or f"no endpoint here serves {service}")
         jumped = next((tape for tape in tapes if isinstance(tape, NoWindow)), None)
         return jumped or [tape for tape in tapes if isinstance(tape, Tape)]
+
+    def _nobody_there(self) -> str:
+        urls = ", ".join(endpoint.url for endpoint in local_endpoints(self.home))
+        return (
+            f"no endpoint of this user on this machine serves at {self.address}, but at {urls}: write that "
+            "as `endpoint`, or name a `prometheus` that reads the other one"
+        )
 
 
 def _history(endpoint: LocalEndpoint, begin: datetime, end: datetime) -> History | NoWindow:

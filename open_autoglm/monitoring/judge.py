@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pydantic import AwareDatetime, Field
 
 from open_autoglm.monitoring.baseline import WATCHED, Baseline, Expected, Observation, Watched, observe
-from open_autoglm.monitoring.promises import Kept, check_promises
+from open_autoglm.monitoring.promises import Kept, check_promises, unjudged
 from open_autoglm.monitoring.shift import Finding, Point, ShiftPolicy, Track, follow
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import Judgement, LatencyWindow, Slo
@@ -75,8 +75,9 @@ class Look(NamedTuple):
     broken: Mapping[str, int]
     alarms: Mapping[str, str]
     """Sentences, by what they are about: confirmed, and a breach."""
-    calm: frozenset[str]
-    """What is below the lower bar."""
+    restless: frozenset[str]
+    """What is above the lower bar. What is not promised any more, or cannot be compared, is not among it:
+    nothing could ever end a breach by that."""
     notes: tuple[str, ...]
     figures: Mapping[str, float]
 
@@ -158,12 +159,7 @@ def silent(window: LatencyWindow, policy: Policy) -> str | None:
         if not math.isfinite(histogram.sum):
             return f"the sum of {name} is not finite"
     lost = (window.failed + window.refused) / asked > policy.slo.error_fraction
-    promised = {"ttft": policy.slo.ttft_p95_ms, "tpot": policy.slo.tpot_p95_ms, "e2e": policy.slo.e2e_p95_ms}
-    measured = {name for name, histogram in window.times_ms.items() if histogram.count}
-    missing = [name for name, bound_ms in promised.items() if bound_ms is not None and name not in measured]
-    if missing and not lost:
-        return f"{asked} requests in the window, and no {missing[0]} of any: its promise cannot be judged"
-    return None
+    return None if lost else unjudged(window, policy.slo)
 
 
 def no_data(window: LatencyWindow, *reasons: str, now: datetime) -> Judgement:
@@ -181,7 +177,7 @@ def _look(window: LatencyWindow, state: JudgeState, baseline: Baseline | None, p
         tracks=shifts.tracks,
         broken=promises.broken,
         alarms={**promises.alarms, **shifts.alarms},
-        calm=promises.calm | shifts.calm,
+        restless=promises.restless | shifts.restless,
         notes=(*promises.notes, *shifts.notes),
         figures={"requests": float(window.requests), **promises.figures, **shifts.figures},
     )
@@ -202,8 +198,8 @@ def _look_at_promises(window: LatencyWindow, state: JudgeState, policy: Policy) 
     notes = tuple(
         f"{p.told}, in a first window" if p.name in broken else p.told for p in kept if p.name not in alarms
     )
-    calm = frozenset(promise.name for promise in kept if promise.within)
-    return Look(state.tracks, broken, alarms, calm, notes, promise_figures(window, kept))
+    restless = frozenset(promise.name for promise in kept if not promise.within)
+    return Look(state.tracks, broken, alarms, restless, notes, promise_figures(window, kept))
 
 
 def promise_figures(window: LatencyWindow, kept: tuple[Kept, ...]) -> dict[str, float]:
@@ -221,7 +217,7 @@ def _look_at_shifts(
     if baseline is None or seen is None:
         missing = "no baseline of this version yet" if baseline is None else "no times to compare"
         return Look(state.tracks, {}, {}, frozenset(), (f"{missing}: only the promises count",), {})
-    tracks, notes, alarms, calm = dict(state.tracks), [], {}, set()
+    tracks, notes, alarms, restless = dict(state.tracks), [], {}, set()
     figures: dict[str, float] = {}
     for watched in (name for name in WATCHED if name in baseline.stages and name in seen.engine_ms):
         name, expected = f"shift {watched}", baseline.expect(watched, seen)
@@ -236,9 +232,9 @@ def _look_at_shifts(
             alarms[name] = f"{told}; {_shift_words(found, policy.shift)}"
         else:
             notes.append(told)
-        if point.log_ratio <= policy.shift.least / 2:
-            calm.add(name)
-    return Look(tracks, {}, alarms, frozenset(calm), tuple(notes), figures)
+        if point.log_ratio > policy.shift.least / 2:
+            restless.add(name)
+    return Look(tracks, {}, alarms, frozenset(restless), tuple(notes), figures)
 
 
 def _point(seen: Observation, watched: Watched, expected: Expected, policy: Policy) -> Point:
@@ -294,7 +290,11 @@ def decide(
         at=now,
         state="ok" if breach is None else "breached",
         act=act,
-        reasons=(*_reasons(look, breach, cool_until if cooling else None), *_interruptions(window)),
+        reasons=(
+            *_reasons(look, breach, cool_until if cooling else None),
+            *(_end_told(state.breach) if state.breach and ended else ()),
+            *_interruptions(window),
+        ),
         window=window,
         figures=look.figures,
     )
@@ -319,7 +319,7 @@ def _breach(look: Look, before: Breach | None, policy: Policy, now: datetime) ->
     if before is None:
         return Breach(since=now, by=tuple(look.alarms)) if look.alarms else None
     by = tuple(dict.fromkeys((*before.by, *look.alarms)))
-    calm = before.calm + 1 if look.calm.issuperset(by) else 0
+    calm = before.calm + 1 if look.restless.isdisjoint(by) else 0
     if calm >= policy.shift.confirm:
         return None
     return Breach(since=before.since, by=by, calm=calm)
@@ -333,8 +333,14 @@ def _reasons(look: Look, breach: Breach | None, cool_until: datetime | None) -> 
         reasons.append(f"breached since {breach.since.isoformat()} by {', '.join(breach.by)}: not over yet")
         reasons += look.notes
     if cool_until is not None:
-        reasons.append(f"nothing is done before {cool_until.isoformat()}: the last act has to show first")
+        reasons.append(
+            f"nothing is done before {cool_until.isoformat()}: what was done about it has to show first"
+        )
     return tuple(reasons)
+
+
+def _end_told(breach: Breach) -> tuple[str, ...]:
+    return (f"the breach since {breach.since.isoformat()} by {', '.join(breach.by)} is over",)
 
 
 def _interruptions(window: LatencyWindow) -> tuple[str, ...]:

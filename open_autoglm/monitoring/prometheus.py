@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from open_autoglm.monitoring.http import ask, date_s, other_clock
 from open_autoglm.monitoring.tape import Series, Tape
 from open_autoglm.monitoring.windows import INFO, SERIES, NoWindow, Role, clock
+from open_autoglm.serving.local import is_loopback
 
 _UP = "up"
 _STARTED = "process_start_time_seconds"
@@ -107,7 +108,7 @@ class Prometheus:
             self._who,
             f"{self.url.rstrip('/')}/api/v1/query",
             parameters=parameters,
-            local=httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost"),
+            local=is_loopback(self.url),
         )
         if isinstance(answer, NoWindow):
             return answer

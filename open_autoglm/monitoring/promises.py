@@ -1,12 +1,15 @@
 """Whether a window keeps the promises of its SLO, beyond what chance would do.
 
 A p95 within its bound is a share of at most 5 % above it. How many were above is exact at the bounds of the
-histogram's buckets, so it is a binomial test of a count, and no quantile is interpolated.
+histogram's buckets, so it is a binomial test of a count, and no quantile is interpolated. Clients who left
+after the bound have waited longer than it for what never came, so they count too: of the answers alone, the
+slowest endpoint would be left with the fastest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -44,32 +47,88 @@ def check_promises(window: LatencyWindow, slo: Slo, to_come: int = 0) -> tuple[K
     return (*_times(window, slo, to_come), *_errors(window, slo, to_come))
 
 
-def _times(window: LatencyWindow, slo: Slo, to_come: int) -> Iterator[Kept]:
+def unjudged(window: LatencyWindow, slo: Slo) -> str | None:
+    """Of which promise nothing can be said, and why, in words. Without any promise: that nobody answers."""
+    asked, bounds = window.requests + window.refused, dict(_bounds(slo))
+    if not bounds and window.requests and not any(times.count for times in window.times_ms.values()):
+        return f"{asked} requests in the window, and none was answered"
+    for stage, bound_ms in bounds.items():
+        waits = _waits(window, stage, bound_ms)
+        if not waits.of:
+            return f"{asked} requests in the window, and no {stage} of any: its promise cannot be judged"
+        if waits.unknown > ABOVE_P95 * waits.of:
+            return (
+                f"{stage}: {waits.unknown} of {waits.of} answers were over {number(waits.counted_ms)} ms, "
+                f"where the last bucket ends, so it is not known how many were over "
+                f"{number(bound_ms)} ms: serve it with --slo-{stage} {bound_ms:g}ms"
+            )
+    return None
+
+
+def _bounds(slo: Slo) -> Iterator[tuple[Stage, float]]:
+    """Of the promises that are made."""
     bounds: tuple[tuple[Stage, float | None], ...] = (
         ("ttft", slo.ttft_p95_ms),
         ("tpot", slo.tpot_p95_ms),
         ("e2e", slo.e2e_p95_ms),
     )
-    for stage, bound_ms in bounds:
-        times = window.times_ms.get(stage)
-        if bound_ms is None or times is None or not times.count:
+    yield from ((stage, bound_ms) for stage, bound_ms in bounds if bound_ms is not None)
+
+
+class _Waits(NamedTuple):
+    """For one stage of the answers in a window."""
+
+    of: int
+    bad: int
+    """Surely over the bound; those who left among them."""
+    left: int
+    """Over the bound when they left."""
+    unknown: int
+    """Over the last bucket's end, which is below the bound."""
+    counted_ms: float
+    """From where they are counted: the next bound of a bucket; if there is none, the last."""
+
+
+def _waits(window: LatencyWindow, stage: Stage, bound_ms: float) -> _Waits:
+    times = window.times_ms.get(stage)
+    left = _above(window.left_ms.get(stage), bound_ms)
+    answers = _above(times, bound_ms)
+    return _Waits(
+        of=(times.count if times else 0) + left.bad,
+        bad=answers.bad + left.bad,
+        left=left.bad,
+        unknown=answers.unknown + left.unknown,
+        counted_ms=answers.counted_ms,
+    )
+
+
+def _times(window: LatencyWindow, slo: Slo, to_come: int) -> Iterator[Kept]:
+    for stage, bound_ms in _bounds(slo):
+        waits = _waits(window, stage, bound_ms)
+        if not waits.of:
             continue
-        bad, counted_ms = _above(times, bound_ms)
-        told = f"{stage}: {bad} of {times.count} answers were over {number(bound_ms)} ms; 5 % may be"
-        if counted_ms != bound_ms:
-            told += f" (counted from {number(counted_ms)} ms: no bucket ends at {number(bound_ms)} ms)"
-        yield _kept(stage, bad, (times.count, to_come), ABOVE_P95, told)
+        told = f"{stage}: {waits.bad} of {waits.of} answers were over {number(bound_ms)} ms; 5 % may be"
+        if waits.left:
+            told += f" ({waits.left} clients had left by then, after as long)"
+        if waits.counted_ms != bound_ms:
+            told += f" (counted from {number(waits.counted_ms)} ms: no bucket ends at {number(bound_ms)} ms)"
+        yield _kept(stage, waits.bad, (waits.of, to_come), ABOVE_P95, told)
 
 
-def _above(times: Histogram, bound_ms: float) -> tuple[int, float]:
-    """How many surely were greater, and from where they are counted: the next bound of a bucket."""
-    exact = times.above(bound_ms)
-    if exact is not None:
-        return exact, bound_ms
-    next_ms = next((bound for bound in times.bounds if bound > bound_ms), None)
-    if next_ms is None:  # the last bucket begins below the bound and has no end
-        return 0, bound_ms
-    return times.above(next_ms) or 0, next_ms
+class _Above(NamedTuple):
+    bad: int
+    unknown: int
+    counted_ms: float
+
+
+def _above(times: Histogram | None, bound_ms: float) -> _Above:
+    """How many surely were greater; how many may have been, since the last bucket begins below the bound."""
+    if times is None:
+        return _Above(0, 0, bound_ms)
+    next_ms = next((bound for bound in times.bounds if bound >= bound_ms), None)
+    if next_ms is None:
+        return _Above(0, times.counts[-1], times.bounds[-1])
+    return _Above(times.above(next_ms) or 0, 0, next_ms)
 
 
 def _errors(window: LatencyWindow, slo: Slo, to_come: int) -> Iterator[Kept]:

@@ -7,7 +7,6 @@ registered is fetched then, and holds from the next look on.
 
 from __future__ import annotations
 
-import ipaddress
 import platform
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -16,6 +15,7 @@ from open_autoglm.monitoring.baseline import Baseline
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.schemas import Judgement, LatencyWindow
+from open_autoglm.serving.local import is_loopback
 
 
 class Registry(Protocol):
@@ -49,9 +49,5 @@ def origin_of(watch: WatchSpec) -> str:
     """Where the endpoint serves: on another host, a version has another baseline. Who is asked on loopback is
     on this machine."""
     address = urlsplit(watch.endpoint)
-    host = address.hostname or ""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        local = host == "localhost"
-    return f"{platform.node() if local else host}:{address.port or ''}"
+    host = platform.node() if is_loopback(watch.endpoint) else address.hostname
+    return f"{host}:{address.port or ''}"

@@ -14,5 +14,7 @@ from open_autoglm.schemas import LatencyWindow
 
 def fetch(spec: WatchSpec, home: Path, begin: datetime, now: datetime) -> LatencyWindow | NoWindow:
     """What happened from ``begin`` until now."""
-    source: Source = LocalEndpoints(home) if spec.prometheus is None else Prometheus(spec.prometheus)
+    source: Source = (
+        LocalEndpoints(home, spec.endpoint) if spec.prometheus is None else Prometheus(spec.prometheus)
+    )
     return window(source, spec.service, begin, now)

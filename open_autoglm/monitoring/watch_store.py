@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,12 +90,21 @@ class WatchStore:
             return f"this look cannot be remembered, so nothing is done about it: {_first_line(error)}"
         return None
 
-    def answered(self) -> str | None:
-        """What was to be done is done, or begun; why that cannot be remembered, in words."""
+    def answered(self, again: datetime | None = None) -> str | None:
+        """What was to be done is done, or begun; why that cannot be remembered, in words.
+
+        If that was nothing, the next act may come at ``again``, and need not wait for a whole cool-down.
+        """
         try:
             with self.lock():
                 memory = self.memory().memory
-                return self.keep(memory.model_copy(update={"due": None}), None) if memory.due else None
+                if memory.due is None:
+                    return None
+                cool_until = memory.state.cool_until
+                if cool_until is not None and again is not None:
+                    cool_until = min(cool_until, again)
+                state = memory.state.model_copy(update={"cool_until": cool_until})
+                return self.keep(memory.model_copy(update={"due": None, "state": state}), None)
         except OSError as error:
             return f"{self._folder} cannot be locked: {_first_line(error)}"
 

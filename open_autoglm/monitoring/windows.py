@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import inf
+from math import inf, isfinite
 from typing import Literal, NamedTuple, Protocol
 
 from open_autoglm.monitoring.tape import Tape, increase
@@ -21,6 +21,10 @@ _STAGES: Mapping[Stage, str] = {
     "e2e": "vllm:e2e_request_latency_seconds",
     "queue": "vllm:request_queue_time_seconds",
 }
+_LEFT: Mapping[Stage, str] = {
+    "ttft": "autoglm_left_before_first_token_seconds",
+    "e2e": "autoglm_left_before_last_token_seconds",
+}
 _PROMPT, _OUTPUT = "vllm:request_prompt_tokens", "vllm:request_generation_tokens"
 _CACHED = "vllm:prefix_cache_hits_total"
 _REFUSED = "autoglm_requests_refused_total"
@@ -30,7 +34,11 @@ _PACE, _LEAST_PACES = "autoglm_host_pace_seconds", 10
 """Fewer timings in a window say little of it."""
 
 SERIES = (
-    *(f"{name}_{part}" for name in (*_STAGES.values(), _PROMPT, _OUTPUT) for part in ("bucket", "sum")),
+    *(
+        f"{name}_{part}"
+        for name in (*_STAGES.values(), *_LEFT.values(), _PROMPT, _OUTPUT)
+        for part in ("bucket", "sum")
+    ),
     *(INFO, _CACHED, _REFUSED, *_FAILED, _RESTARTS, _MEMORY, f"{_PACE}_sum", f"{_PACE}_count"),
 )
 """What a window is made of."""
@@ -125,26 +133,30 @@ def _counted(
         "bundle_digest": bundle.digest,
         "role": role,
     }
-    counts = _Counts(tapes, labels)
     try:
-        prompt, output = counts.histogram(_PROMPT), counts.histogram(_OUTPUT)
-        times = {stage: counts.histogram(name, unit=1e3) for stage, name in _STAGES.items()}
-    except _OtherBuckets as error:
+        return _of_counts(source, service, bundle, _Counts(tapes, labels))
+    except _Unreadable as error:
         return NoWindow(str(error))
+
+
+def _of_counts(source: Source, service: str, bundle: _Bundle, counts: _Counts) -> LatencyWindow | NoWindow:
+    """Raises _Unreadable."""
+    prompt, output = counts.histogram(_PROMPT), counts.histogram(_OUTPUT)
     if prompt is None or output is None:
         return NoWindow(f"the endpoint of {service} does not count {_PROMPT} and {_OUTPUT}")
     return LatencyWindow(
         service=service,
         version=bundle.version,
         bundle_digest=bundle.digest,
-        begin=_moment(min(tape.times_s[0] for tape in tapes)),
-        end=_moment(max(tape.times_s[-1] for tape in tapes)),
+        begin=_moment(min(tape.times_s[0] for tape in counts.tapes)),
+        end=_moment(max(tape.times_s[-1] for tape in counts.tapes)),
         source=source.name,
         requests=prompt.count,
         refused=counts.of(_REFUSED),
         failed=sum(counts.of(name) for name in _FAILED),
         restarts=counts.of(_RESTARTS) + counts.births,
-        times_ms={stage: histogram for stage, histogram in times.items() if histogram is not None},
+        times_ms=counts.histograms_ms(_STAGES),
+        left_ms=counts.histograms_ms(_LEFT),
         prompt_tokens=prompt,
         output_tokens=output,
         cached_tokens=counts.of(_CACHED),
@@ -156,13 +168,13 @@ def _counted(
 # ── counts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-class _OtherBuckets(Exception):
-    """The sentence says of what."""
+class _Unreadable(Exception):
+    """Counters that no window can be made of; the sentence says which."""
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of one bundle in one role, all endpoints together."""
+    """Of one bundle in one role, all endpoints together. Raises _Unreadable if one is NaN or infinite."""
 
     tapes: Sequence[Tape]
     labels: Mapping[str, str]
@@ -183,16 +195,23 @@ class _Counts:
     def highest(self, name: str) -> float:
         """The greatest value that any endpoint showed; 0 if none did."""
         found = [one for tape in self.tapes for one in tape.find(name, self.labels)]
-        return max((value for one in found for value in one.values if value is not None), default=0.0)
+        values = (value for one in found for value in one.values if value is not None)
+        return max((_finite(name, value) for value in values), default=0.0)
+
+    def histograms_ms(self, names: Mapping[Stage, str]) -> dict[Stage, Histogram]:
+        """Of those that are counted. Raises _Unreadable."""
+        found = {stage: self.histogram(name, unit=1e3) for stage, name in names.items()}
+        return {stage: histogram for stage, histogram in found.items() if histogram is not None}
 
     def histogram(self, name: str, unit: float = 1.0) -> Histogram | None:
-        """In ``unit``s of the series; None if it is not counted. Raises _OtherBuckets."""
+        """In ``unit``s of the series; None if it is not counted. Raises _Unreadable."""
         up_to: dict[float, float] = {}
         shapes: set[frozenset[float]] = set()
         for tape in self.tapes:
             buckets = {float(one.labels["le"]): one for one in tape.find(f"{name}_bucket", self.labels)}
             for bound, one in buckets.items():
-                up_to[bound] = up_to.get(bound, 0.0) + increase(one.values, tape.lives)
+                grown = _finite(f"{name}_bucket", increase(one.values, tape.lives))
+                up_to[bound] = up_to.get(bound, 0.0) + grown
             for read in range(len(tape.times_s)):
                 shapes.add(frozenset(bound for bound, one in buckets.items() if one.values[read] is not None))
         if not shapes - {frozenset()}:
@@ -201,7 +220,7 @@ class _Counts:
         steps = [round(up_to[bound]) for bound in bounds]
         counts = [above - below for above, below in zip(steps, [0, *steps[:-1]], strict=True)]
         if len(shapes - {frozenset()}) > 1 or bounds[-1] != inf or min(counts) < 0:
-            raise _OtherBuckets(f"the buckets of {name} are not the same in all of the window")
+            raise _Unreadable(f"the buckets of {name} are not the same in all of the window")
         return Histogram(
             bounds=tuple(round(unit * bound, 6) for bound in bounds[:-1]),
             counts=tuple(counts),
@@ -209,6 +228,11 @@ class _Counts:
         )
 
     def _sum(self, name: str) -> float:
-        return sum(
-            increase(one.values, tape.lives) for tape in self.tapes for one in tape.find(name, self.labels)
-        )
+        found = [(one.values, tape.lives) for tape in self.tapes for one in tape.find(name, self.labels)]
+        return sum(_finite(name, increase(values, lives)) for values, lives in found)
+
+
+def _finite(name: str, value: float) -> float:
+    if not isfinite(value):
+        raise _Unreadable(f"{name} is {value}, which counts nothing")
+    return value

@@ -282,6 +282,7 @@ def check_window(window: LatencyWindow) -> GateResult:
 def _filled(window: LatencyWindow) -> dict[str, Histogram]:
     everything = {
         **{f"{stage}_ms": histogram for stage, histogram in window.times_ms.items()},
+        **{f"left_{stage}_ms": histogram for stage, histogram in window.left_ms.items()},
         "prompt_tokens": window.prompt_tokens,
         "output_tokens": window.output_tokens,
     }

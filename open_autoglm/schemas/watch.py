@@ -88,6 +88,9 @@ class LatencyWindow(Model):
     failed: int = Field(ge=0, description="lost by a crash, or not finite")
     restarts: int = Field(ge=0, description="of the engine, in the window")
     times_ms: Mapping[Stage, Histogram]
+    left_ms: Mapping[Stage, Histogram] = Field(
+        default={}, description="how long those waited for it who left: before the first token, or the last"
+    )
     prompt_tokens: Histogram
     output_tokens: Histogram
     cached_tokens: int = Field(ge=0, description="of the prompts: not computed, they were in the cache")

@@ -8,12 +8,15 @@ lets Prometheus find it (``file_sd_config``). A server that is killed leaves bot
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import logging
 import os
+import platform
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 import psutil
 from pydantic import ValidationError
@@ -32,6 +35,29 @@ class LocalEndpoint(Model):
     token: str
     certificate: Path | None = None
     """What its TLS certificate is checked with; None: it speaks plain HTTP."""
+
+    def is_at(self, address: str) -> bool:
+        """Whether that is this server, by any name or address of this machine."""
+        ours, asked = urlsplit(self.url), urlsplit(address)
+        names = {ours.hostname, platform.node(), *_own_addresses()}
+        return (is_loopback(address) or asked.hostname in names) and _port(asked) == _port(ours)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether its host is this machine, by an address that means so everywhere."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def _own_addresses() -> set[str]:
+    return {one.address for found in psutil.net_if_addrs().values() for one in found}
+
+
+def _port(address: SplitResult) -> int:
+    return address.port or (443 if address.scheme == "https" else 80)
 
 
 def _path(home: Path, port: int) -> Path:

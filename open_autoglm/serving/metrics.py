@@ -91,6 +91,10 @@ class Board:
         self.itl = self._times("vllm:inter_token_latency_seconds", "Between two tokens", _TOKEN_SECONDS)
         self.tpot = self._times("vllm:request_time_per_output_token_seconds", per_token, tpot)
         self.e2e = self._times("vllm:e2e_request_latency_seconds", "From request to last token", e2e)
+        # Times that were never: who leaves is not among the above, and the slower we are the more leave.
+        left = "From request until the client left, before the {} token"
+        self.left_ttft = self._times("autoglm_left_before_first_token_seconds", left.format("first"), ttft)
+        self.left_e2e = self._times("autoglm_left_before_last_token_seconds", left.format("last"), e2e)
 
     def _make_phases(self) -> None:
         """What an answer's time was spent on, one after the other."""
@@ -168,6 +172,8 @@ class Metrics:
         self.itl = board.itl.labels(*values)
         self.tpot = board.tpot.labels(*values)
         self.e2e = board.e2e.labels(*values)
+        self.left_ttft = board.left_ttft.labels(*values)
+        self.left_e2e = board.left_e2e.labels(*values)
         self.queue = board.queue.labels(*values)
         self.prefill = board.prefill.labels(*values)
         self.decode = board.decode.labels(*values)
@@ -228,6 +234,11 @@ class RequestTimes:
         self._slot = slot_s
         self._metrics.queue.observe(slot_s - self._begin)
 
+    @property
+    def queue_s(self) -> float:
+        """From request to its slot; 0 before it has one."""
+        return self._slot - self._begin
+
     @contextlib.contextmanager
     def counted(self, token: Token) -> Iterator[None]:
         """Count it after the block, as of before: a client need not wait for that."""
@@ -258,7 +269,11 @@ class RequestTimes:
         metrics, seconds = self._metrics, self._clock() - self._begin
         metrics.finished(reason)
         metrics.output.observe(self._tokens)
-        if reason != "abort":
+        if reason == "abort":
+            metrics.left_e2e.observe(seconds)
+            if self.ttft_s is None:
+                metrics.left_ttft.observe(seconds)
+        else:
             metrics.e2e.observe(seconds)
             if self.ttft_s is not None:
                 decode_s = self._last - self._begin - self.ttft_s

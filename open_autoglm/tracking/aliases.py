@@ -53,7 +53,7 @@ class Moves(Events, Bundles):
         by: str,
         reason: str = "",
         evidence: Mapping[str, Any] | None = None,
-        expected: Mapping[Alias, str] | None = None,
+        expected: Mapping[Alias, str | None] | None = None,
     ) -> Event:
         """Make ``version``, or the challenger, the champion; the champion becomes `previous`.
 
@@ -72,7 +72,7 @@ class Moves(Events, Bundles):
         by: str,
         reason: str = "",
         evidence: Mapping[str, Any] | None = None,
-        expected: Mapping[Alias, str] | None = None,
+        expected: Mapping[Alias, str | None] | None = None,
     ) -> Event:
         """Take the challenger away; without one, or if ``champion``, make `previous` the champion again.
 
@@ -90,7 +90,7 @@ class Moves(Events, Bundles):
         *,
         by: str,
         reason: str = "",
-        expected: Mapping[Alias, str] | None = None,
+        expected: Mapping[Alias, str | None] | None = None,
     ) -> Event:
         """Make ``version`` the challenger, or give the one there is another share. Raises as `promote`."""
         return self._move(
@@ -98,7 +98,7 @@ class Moves(Events, Bundles):
         )
 
     def stop_canary(
-        self, name: str, *, by: str, reason: str = "", expected: Mapping[Alias, str] | None = None
+        self, name: str, *, by: str, reason: str = "", expected: Mapping[Alias, str | None] | None = None
     ) -> Event:
         """Take the challenger away. Raises as `promote`."""
         return self._move(name, "stop", lambda now: unchallenged(name, now), by, reason, None, expected)
@@ -111,7 +111,7 @@ class Moves(Events, Bundles):
         by: str,
         reason: str,
         evidence: Mapping[str, Any] | None,
-        expected: Mapping[Alias, str] | None,
+        expected: Mapping[Alias, str | None] | None,
     ) -> Event:
         with self._asking():
             self._give_way(name)
@@ -207,11 +207,15 @@ def _canary(tag: str | None) -> Canary | None:
         return None
 
 
-def _check_expected(name: str, now: Aliases, expected: Mapping[Alias, str]) -> None:
+def _check_expected(name: str, now: Aliases, expected: Mapping[Alias, str | None]) -> None:
     for alias, version in expected.items():
         if (found := getattr(now, alias)) != version:
-            is_now = "none" if found is None else f"version {found}"
-            raise UserError(f"the {alias} of {name} is {is_now} by now, not version {version}: {_look(name)}")
+            is_now, was = _who(found), _who(version)
+            raise UserError(f"the {alias} of {name} is {is_now} by now, not {was}: {_look(name)}")
+
+
+def _who(version: str | None) -> str:
+    return "none" if version is None else f"version {version}"
 
 
 def _look(name: str) -> str:

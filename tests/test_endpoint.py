@@ -130,6 +130,20 @@ def test_a_chat_goes_through_the_template(http: httpx.Client, truth: BundleModel
     assert "".join(delta["content"] for delta in deltas) == expected
 
 
+def test_an_answer_may_be_sent_back_as_it_came(http: httpx.Client) -> None:
+    """As clients do who append it to the conversation, with all that was empty in it."""
+    messages = [{"role": "user", "content": PROMPT}]
+    body = {"model": NAME, "messages": messages, "max_tokens": 4, "n": None}
+    turn = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    unset = {"annotations": None, "audio": None, "function_call": None, "tool_calls": None}
+    for empty in ({}, unset, {"annotations": [], "tool_calls": []}):
+        body["messages"] = [*messages, turn | empty, {"role": "user", "content": "And then?"}]
+        found = http.post("/v1/chat/completions", json=body)
+        assert found.status_code == 200, found.text
+    body["messages"] = [*messages, turn | {"tool_calls": [{"id": "1"}]}]
+    assert http.post("/v1/chat/completions", json=body).status_code == 400
+
+
 def test_a_stop_string_ends_the_answer(http: httpx.Client) -> None:
     """Before it, and nothing of it is sent."""
     whole = complete(http, max_tokens=30)["choices"][0]["text"]
@@ -166,6 +180,26 @@ def test_logprobs_are_given_if_asked_for(http: httpx.Client) -> None:
     content = http.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
     best = [entry["top_logprobs"][0]["logprob"] for entry in content]
     assert best == [entry["logprob"] for entry in content]
+
+
+def test_logprobs_are_of_the_answers_own_bytes(http: httpx.Client) -> None:
+    """Also where a token is half of a character: random weights say many. A stream tells the same."""
+    asked = {"temperature": 1, "seed": 3, "max_tokens": 60, "ignore_eos": True}
+    chat = {"messages": [{"role": "user", "content": PROMPT}], **asked, "logprobs": True}
+    choice = http.post("/v1/chat/completions", json={"model": NAME, **chat}).json()["choices"][0]
+    entries = [entry for entry in choice["logprobs"]["content"] if not entry["token"].startswith("<|")]
+    assert any("\ufffd" in entry["token"] for entry in entries)
+    said = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert said.decode(errors="replace") == choice["message"]["content"]
+
+    whole = complete(http, logprobs=20, **asked)["choices"][0]["logprobs"]
+    parts = events(http, "/v1/completions", prompt=PROMPT, logprobs=20, **asked)
+    logs = [chunk["choices"][0]["logprobs"] for chunk in parts]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert [one for log in logs for one in log[name]] == whole[name]
+    assert whole["text_offset"] == [sum(map(len, whole["tokens"][:n])) for n in range(60)]
+    for best in whole["top_logprobs"]:
+        assert list(best.values()) == sorted(best.values(), reverse=True)
 
 
 def test_a_prompt_that_was_read_is_said_to_be_cached(http: httpx.Client) -> None:
@@ -329,7 +363,8 @@ def test_a_full_queue_is_said(bundle: Path, tmp_path: Path) -> None:
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
         many = http.post("/v1/completions", json={**body, "n": 3, "max_tokens": 2})
-        assert many.status_code == 429
+        assert many.status_code == 400  # there is no time to come back at
+        assert "3 answers at a time were asked for, and 2 may be" in many.json()["error"]["message"]
 
 
 def test_a_server_that_is_asked_to_end_answers_first(bundle: Path, tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ import httpx
 import pytest
 from endpoints import Endpoint, endpoint, metric
 from hasty_server import PATIENCE
+from pydantic import BaseModel, ValidationError
 
 from open_autoglm.serving.local import local_endpoints
+from open_autoglm.serving.openai_types import ChatRequest, CompletionRequest
 
 NAME = "tiny"
 PROMPT = "The capital of France is"
@@ -322,6 +324,20 @@ def test_an_offer_to_speak_something_newer_is_not_taken(served: Endpoint) -> Non
         assert until_closed(java).startswith(b"HTTP/1.1 200")
 
 
+def test_a_body_that_comes_after_its_refusal_leaves_the_connection_well(served: Endpoint) -> None:
+    """It is no beginning of another request: the next one may take its time, and may make an offer."""
+    offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    whole = message(BODY, more=offer)
+    head, _, body = whole.partition(b"\r\n\r\n")
+    with connect(served) as late:
+        late.sendall(head.replace(b"application/json", b"text/plain") + b"\r\n\r\n")
+        assert late.recv(1 << 16).startswith(b"HTTP/1.1 415")
+        late.sendall(body)
+        time.sleep(PATIENCE.head_s + 0.5)
+        late.sendall(whole)
+        assert late.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_http_1_0_is_answered_without_chunks(served: Endpoint, stream: bool) -> None:
     """As nginx asks unless told otherwise."""
@@ -392,6 +408,23 @@ def test_what_is_wrong_is_told_in_a_sentence(http: httpx.Client, name: str) -> N
     response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     error = check_refusal(response, 400, 404, 413)
     assert len(error["message"]) < 1000
+
+
+@pytest.mark.parametrize("wrong", [-1, None, [], {}, "", [-1]])
+def test_of_a_million_mistakes_one_is_told(wrong: Any) -> None:
+    """Each would take its time and its memory, on the thread that everybody waits for."""
+    many = [wrong] * 10_000
+    bodies: list[tuple[type[BaseModel], dict[str, Any]]] = [
+        (CompletionRequest, {"prompt": many}),
+        (CompletionRequest, {"prompt": [many]}),
+        (CompletionRequest, {"prompt": "a", "stop": many}),
+        (ChatRequest, {"messages": many}),
+        (ChatRequest, {"messages": [{"role": "user", "content": many}]}),
+    ]
+    for kind, body in bodies:
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate_json(json.dumps({"model": NAME, **body}))
+        assert caught.value.error_count() < 20
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,21 @@ def test_the_pieces_are_the_text(text: str) -> None:
     assert all("\ufffd" not in part for part in parts if "\ufffd" not in text)
 
 
+ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT, cut=st.integers(0))
+def test_nothing_of_the_prompt_comes_out(text: str, cut: int) -> None:
+    """Also where it ends within a character: then the first token may complete that."""
+    tokens = TOKENIZER(text)["input_ids"]
+    prompt, answer = tokens[: cut % (len(tokens) + 1)], tokens[cut % (len(tokens) + 1) :]
+    found = TextStream(TOKENIZER.backend_tokenizer, prompt, [])
+    said = "".join([*(found.push(token) for token in answer), found.end()])
+    before = TOKENIZER.decode(prompt).rstrip("\ufffd")
+    assert said == text[len(before) :] or not answer
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("ab", max_size=30), stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_nothing_of_a_stop_string_comes_out(text: str, stop: list[str]) -> None:

@@ -118,15 +118,21 @@ class Connection(HttpToolsProtocol):
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None or not self.cycle.more_body:
+        in_body = self.cycle is not None and self.cycle.more_body
+        if not in_body:
             data = _without_offers(data)
-        if not self.busy and self._head is None:
-            self._await_head()
+            if not self.busy and self._head is None:
+                self._await_head()
         self._packet_bytes = len(data)
         self._besides_bytes += len(data)
         super().data_received(data)
         if self.busy:
             self._cancel_head()
+        elif self._head is None and self.timeout_keep_alive_task is None:
+            # The rest of a body that was answered already, which uvicorn took for another request's begin.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         if self._besides_bytes > _MOST_BESIDES_BYTES and not self.transport.is_closing():
             self.send_400_response("what surrounds the body is too long")
 
@@ -148,6 +154,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self.cycle.more_body = False  # uvicorn forgets that where the answer came first
         self._packet_bytes = 0  # or some of them, which are the next request's
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:

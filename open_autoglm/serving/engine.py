@@ -79,6 +79,7 @@ class Engine:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        self._lose_all()
 
     def _become(self, state: State) -> None:
         self.state = state

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from open_autoglm.serving.messages import EngineOptions
 from open_autoglm.serving.metrics import Board, Figure, Role
 from open_autoglm.serving.service import Service, ServiceOptions, start_service
 from open_autoglm.serving.source import Source
+from open_autoglm.tracking import in_use
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -123,6 +125,8 @@ class Fleet:
         self.history = Recorder(self._figures)
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
+        self._drops = 0
+        """How often a challenger was to go."""
         self._give_role(champion, "champion")
         self._tell("started", f"{called(champion)} answers")
 
@@ -190,7 +194,11 @@ class Fleet:
         """Let the bundle answer its share beside the champion. Raises Rejected."""
         async with self._changing:
             self._drop("another challenger takes its place")
+            drops = self._drops
             newcomer, checks = await self._admit(source)
+            if drops != self._drops:
+                await newcomer.close()
+                raise self._rejected(f"{called(newcomer)} is not tried: it was dropped while it was loaded")
             self._give_role(newcomer, "challenger")
             self.challenger, self.canary = newcomer, canary
             self._begin_contest()
@@ -210,7 +218,8 @@ class Fleet:
             self._tell("promoted", f"{called(self.champion)} answers instead of {called(before)}")
 
     async def drop_challenger(self, reason: str) -> None:
-        """Its callers are the champion's again, at once."""
+        """Its callers are the champion's again, at once; one that is being loaded gets none."""
+        self._drops += 1
         self._drop(reason)
 
     def set_canary(self, canary: Canary) -> None:
@@ -243,10 +252,21 @@ class Fleet:
         await asyncio.gather(*self._leaving, return_exceptions=True)
         for service in (self.champion, self.challenger):
             if service is not None:
-                await service.engine.close()
+                await service.close()
 
     async def _admit(self, source: Source) -> tuple[Service, tuple[Check, ...]]:
-        """A service that has passed its exam, and what was asked of it. Raises Rejected."""
+        """A service that has passed its exam, and what was asked of it. Raises Rejected.
+
+        No cache removes its bundle before it is closed: its engine may have to be started again.
+        """
+        with ExitStack() as held:
+            await asyncio.to_thread(held.enter_context, in_use(source.bundle))
+            newcomer, checks = await self._examined(source)
+            newcomer.held = held.pop_all()
+            return newcomer, checks
+
+    async def _examined(self, source: Source) -> tuple[Service, tuple[Check, ...]]:
+        """Raises Rejected."""
         try:
             files = await self._launcher.compatibility(source, self.champion.source)
             if not files.passed:
@@ -259,13 +279,13 @@ class Fleet:
         try:
             exam = files + await self._examine(newcomer, self.champion, newcomer.manifest)
         except EngineLost as error:
-            await newcomer.engine.close()
+            await newcomer.close()
             raise self._rejected(f"{called(newcomer)} was lost in its exam: {error}") from error
         except BaseException:
-            await newcomer.engine.close()
+            await newcomer.close()
             raise
         if not exam.passed:
-            await newcomer.engine.close()
+            await newcomer.close()
             raise self._rejected(f"{called(newcomer)} was refused: {'; '.join(exam.refusals)}", exam.checks)
         return newcomer, exam.checks
 
@@ -323,7 +343,7 @@ async def _leave(service: Service) -> None:
         while service.busy and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)
     finally:
-        await service.engine.close()
+        await service.close()
 
 
 def _place(salt: str, caller: str) -> float:

@@ -11,16 +11,16 @@ import logging
 import random
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from open_autoglm.errors import UserError
 from open_autoglm.schemas import Alias, Aliases, Canary
 from open_autoglm.serving.errors import Rejected
 from open_autoglm.serving.last_good import remember
 from open_autoglm.serving.source import Source
-from open_autoglm.tracking import CHAMPION, NotFetched, Tracker, UnderWay, Unreachable, in_use
+from open_autoglm.tracking import CHAMPION, NotFetched, Tracker, UnderWay, Unreachable
 
 EVERY_S = 15.0
 _JITTER = 0.1
@@ -52,13 +52,6 @@ class Fleet(Protocol):
 
     def set_canary(self, canary: Canary) -> None:
         """Change the challenger's share."""
-
-
-class _Held(NamedTuple):
-    """A bundle that answers, and the lock that keeps it in the cache."""
-
-    bundle: Path
-    lock: ExitStack
 
 
 class _Aside:
@@ -113,8 +106,8 @@ class Follower:
         self._followed = ""
         """The champion that answered here as the registry wanted: who took its place since was put there."""
         self._wrong: dict[str, str] = {"registry": warning} if warning else {}
-        self._answering: dict[str, _Held] = {}
-        """What was let in, by its version."""
+        self._answering: dict[str, Path] = {}
+        """The bundles that were let in, by version."""
 
     @property
     def warning(self) -> str:
@@ -203,8 +196,8 @@ class Follower:
         except UserError:  # it was dropped in this moment; the next look fetches it
             return
         self._well("champion")
-        if (held := self._answering.get(version)) is not None:
-            remember(self._home, self._model, CHAMPION, version, held.bundle)
+        if (bundle := self._answering.get(version)) is not None:
+            remember(self._home, self._model, CHAMPION, version, bundle)
 
     async def _follow_challenger(self, aliases: Aliases) -> None:
         running, tried = self._fleet.versions
@@ -225,9 +218,9 @@ class Follower:
         self._let_go()
 
     def _let_go(self) -> None:
-        """Of bundles that do not answer any more: the cache may remove them."""
+        """Of bundles that do not answer any more."""
         for version in self._answering.keys() - set(self._fleet.versions):
-            self._answering.pop(version).lock.close()
+            del self._answering[version]
 
     async def _admit(
         self, role: _Role, version: str, aliases: Aliases, admit: Callable[[Source], Awaitable[None]]
@@ -235,23 +228,21 @@ class Follower:
         """Fetch ``version`` and let it in, or say why not."""
         if self._rejected.get(role) == version:
             return
-        with ExitStack() as held:
-            try:
-                source = await self._ask(lambda tracker: self._fetch(tracker, version))
-                held.enter_context(in_use(source.bundle))
-                await admit(source)
-            except (NotFetched, Unreachable) as error:  # it will be tried again
-                self._tell(role, f"{self._going_on()}: {error}")
-            except UserError as error:
-                await self._reject(role, version, aliases, str(error), {})
-            except Rejected as error:
-                checks = [check.model_dump(mode="json") for check in error.checks]
-                await self._reject(role, version, aliases, error.reason, {"checks": checks})
-            else:
-                self._well(role)
-                self._answering[version] = _Held(source.bundle, held.pop_all())
-                if role == CHAMPION:
-                    remember(self._home, self._model, role, version, source.bundle)
+        try:
+            source = await self._ask(lambda tracker: self._fetch(tracker, version))
+            await admit(source)
+        except (NotFetched, Unreachable) as error:  # it will be tried again
+            self._tell(role, f"{self._going_on()}: {error}")
+        except UserError as error:
+            await self._reject(role, version, aliases, str(error), {})
+        except Rejected as error:
+            checks = [check.model_dump(mode="json") for check in error.checks]
+            await self._reject(role, version, aliases, error.reason, {"checks": checks})
+        else:
+            self._well(role)
+            self._answering[version] = source.bundle
+            if role == CHAMPION:
+                remember(self._home, self._model, role, version, source.bundle)
 
     def _fetch(self, tracker: Tracker, version: str) -> Source:
         bundle = tracker.fetch(tracker.version(self._model, version), self._cache)

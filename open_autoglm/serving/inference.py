@@ -139,7 +139,7 @@ def _completion(body: CompletionRequest) -> Ask:
         asked = [
             _asked(service, prompt, body, body.max_tokens or DEFAULT_MAX_TOKENS, sampling, choice)
             for prompt in prompts
-            for choice in range(body.n)
+            for choice in range(body.choices)
         ]
         return _begun(COMPLETION, service, prompts, len(asked), body.logprobs is not None), asked
 
@@ -151,7 +151,7 @@ def _chat(body: ChatRequest) -> Ask:
         prompt = service.encode_chat([message.as_template_input() for message in body.messages])
         sampling = _sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
         most = body.max_completion_tokens or body.max_tokens
-        asked = [_asked(service, prompt, body, most, sampling, choice) for choice in range(body.n)]
+        asked = [_asked(service, prompt, body, most, sampling, choice) for choice in range(body.choices)]
         return _begun(CHAT, service, [prompt], len(asked), bool(body.logprobs)), asked
 
     return ask
@@ -187,11 +187,9 @@ def _asked(
 def _begun(
     shape: Any, service: Service, prompts: Sequence[Sequence[int]], choices: int, with_logprobs: bool
 ) -> Answer:
-    def decode(token: int) -> str:
-        return str(service.tokenizer.decode([token]))
-
     usage = Usage(prompt_tokens=sum(map(len, prompts)))
-    return Answer(shape, service.name, decode, with_logprobs, [Choice() for _ in range(choices)], usage)
+    vocabulary = service.vocabulary if with_logprobs else None
+    return Answer(shape, service.name, vocabulary, [Choice() for _ in range(choices)], usage)
 
 
 async def _read(service: Service, ask: Ask, size_bytes: int) -> tuple[Answer, list[Asked]]:
@@ -221,7 +219,9 @@ async def _respond_by(
     async with contextlib.aclosing(pieces):
         async for index, piece in pieces:
             answer.add(index, piece)
-    return json_response(answer.whole(), headers=headers)
+    # Of thousands of tokens, with twenty alternatives each, it takes a second.
+    whole = await service.aside(answer.whole) if answer.vocabulary else answer.whole()
+    return json_response(whole, headers=headers)
 
 
 class _EventStream(Response):

@@ -6,9 +6,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from open_autoglm.serving.messages import Token
 from open_autoglm.serving.service import Piece
+from open_autoglm.serving.vocabulary import Vocabulary
 
 Json = dict[str, Any]
 
@@ -50,14 +53,13 @@ class Choice:
     text: str = ""
     finish: str | None = None
     pieces: list[Piece] = field(default_factory=list)
+    told: int = 0
+    """Characters of the tokens whose logprobs were sent."""
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.finish = piece.finish
         self.pieces.append(piece)
-
-
-Decode = Callable[[int], str]
 
 
 @dataclass(frozen=True)
@@ -67,32 +69,41 @@ class Shape:
     prefix: str
     whole: str
     chunk: str
-    logprobs: Callable[[Sequence[Piece], Decode], Json]
+    logprobs: Callable[[Sequence[Token], Vocabulary, int], Json]
+    """Of these tokens, before which the answer has so many characters."""
     body: Callable[[str], Json]
     delta: Callable[[str, bool], Json]
 
 
-def _text_logprobs(pieces: Sequence[Piece], decode: Decode) -> Json:
-    known = [piece.token for piece in pieces if piece.token.token is not None]
-    words = [decode(t.token) for t in known if t.token is not None]
-    offsets = [sum(map(len, words[:index])) for index in range(len(words))]
+def _text_logprobs(tokens: Sequence[Token], vocabulary: Vocabulary, begin: int) -> Json:
+    words = [vocabulary.text(t.token) for t in tokens if t.token is not None]
     return {
         "tokens": words,
-        "token_logprobs": [t.logprob for t in known],
-        "top_logprobs": [{decode(i): value for i, value in t.likeliest} for t in known],
-        "text_offset": offsets,
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [_by_text(t, vocabulary) for t in tokens],
+        "text_offset": list(accumulate(map(len, words), initial=begin))[:-1],
     }
 
 
-def _chat_logprobs(pieces: Sequence[Piece], decode: Decode) -> Json:
-    def entry(token: int, logprob: float | None) -> Json:
-        word = decode(token)
-        return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+def _by_text(token: Token, vocabulary: Vocabulary) -> dict[str, float]:
+    """Where several read alike, as halves of characters do, that of the likeliest."""
+    found: dict[str, float] = {}
+    for other, logprob in token.likeliest:
+        found.setdefault(vocabulary.text(other), logprob)
+    return found
 
-    known = [piece.token for piece in pieces if piece.token.token is not None]
+
+def _chat_logprobs(tokens: Sequence[Token], vocabulary: Vocabulary, _begin: int) -> Json:
+    def entry(token: int, logprob: float | None) -> Json:
+        return {
+            "token": vocabulary.text(token),
+            "logprob": logprob,
+            "bytes": list(vocabulary.bytes(token)),
+        }
+
     content = [
         entry(t.token, t.logprob) | {"top_logprobs": [entry(i, value) for i, value in t.likeliest]}
-        for t in known
+        for t in tokens
         if t.token is not None
     ]
     return {"content": content, "refusal": None}
@@ -122,8 +133,8 @@ class Answer:
 
     shape: Shape
     model: str
-    decode: Decode
-    with_logprobs: bool
+    vocabulary: Vocabulary | None
+    """None: no logprobs are wanted."""
     choices: list[Choice]
     usage: Usage
     id: str = ""
@@ -146,7 +157,7 @@ class Answer:
             {
                 "index": index,
                 **self.shape.body(choice.text),
-                "logprobs": self._logprobs(choice.pieces),
+                "logprobs": self._logprobs(choice.pieces, 0),
                 "finish_reason": choice.finish,
             }
             for index, choice in enumerate(self.choices)
@@ -155,20 +166,25 @@ class Answer:
 
     def chunk(self, index: int, piece: Piece) -> Json:
         """One event of a stream, after `add`."""
-        first = len(self.choices[index].pieces) == 1
+        so_far = self.choices[index]
         choice = {
             "index": index,
-            **self.shape.delta(piece.text, first),
-            "logprobs": self._logprobs([piece]),
+            **self.shape.delta(piece.text, len(so_far.pieces) == 1),
+            "logprobs": self._logprobs([piece], so_far.told),
             "finish_reason": piece.finish,
         }
+        if self.vocabulary and piece.token.token is not None:
+            so_far.told += len(self.vocabulary.text(piece.token.token))
         return self._head(self.shape.chunk) | {"choices": [choice]}
 
     def usage_chunk(self) -> Json:
         return self._head(self.shape.chunk) | {"choices": [], "usage": self.usage.body()}
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> Json | None:
-        return self.shape.logprobs(pieces, self.decode) if self.with_logprobs else None
+    def _logprobs(self, pieces: Sequence[Piece], begin: int) -> Json | None:
+        if self.vocabulary is None:
+            return None
+        tokens = [piece.token for piece in pieces if piece.token.token is not None]
+        return self.shape.logprobs(tokens, self.vocabulary, begin)
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

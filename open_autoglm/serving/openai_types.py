@@ -28,9 +28,11 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
-Prompts = Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+# One mistake is told; to collect a million of them would take seconds, in which nobody else is answered.
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class StreamOptions(BaseModel):
@@ -45,11 +47,11 @@ class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Text
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(1, ge=1, le=MOST_CHOICES)
     temperature: float | None = Field(1, ge=0, le=2)
     top_p: float | None = Field(1, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -65,6 +67,10 @@ class _Request(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
         return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
 
     @property
     def stops(self) -> list[str]:
@@ -101,13 +107,22 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a chat; what else it holds is the template's affair."""
+    """One turn of a chat; what else it holds is the template's affair.
+
+    Clients send an assistant's turn back as it came, with whatever was empty in it.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Text | None = None
+
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
 
     def as_template_input(self) -> dict[str, Any]:
         content = self.content
@@ -124,12 +139,12 @@ class TextFormat(BaseModel):
 class ChatRequest(_Request):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
 
     @model_validator(mode="after")

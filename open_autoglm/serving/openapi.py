@@ -62,7 +62,9 @@ RENEWED: Responses = refusals(400, 401, 403, 415) | _REJECTED
 def answers(whole: type[BaseModel]) -> Responses:
     """Of a request for tokens: ``whole``, or events with the same content in pieces."""
     told = "The answer, or with `stream` its pieces as server-sent events"
-    content = {"text/event-stream": {"schema": {"type": "string"}}}
+    # Of each event: before OpenAPI 3.2, a schema has no other way to tell of a stream.
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    content = {"text/event-stream": {"schema": event}}
     return {
         200: {"model": whole, "description": told, "content": content},
         **refusals(401, 403, 404, *_BODY, 429, 500, 503),

@@ -21,6 +21,7 @@ from open_autoglm.serving.messages import EngineOptions, Finish, Generation, Sam
 from open_autoglm.serving.metrics import Metrics, RequestTimes, State
 from open_autoglm.serving.source import Source
 from open_autoglm.serving.text import TextStream
+from open_autoglm.serving.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ Heard = Callable[[Asked, Outcome], None]
 
 @dataclass
 class _Pace:
-    """How long requests take, lately."""
+    """How long requests hold their slots, lately."""
 
     seconds: float | None = None
 
@@ -103,6 +104,8 @@ class Service:
     begun: int = 0
     """Answers ever begun; of these ``ended`` have ended, well or not."""
     ended: int = 0
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What keeps its bundle where it is, until it is closed."""
     heard: Heard | None = None
     """Told of every answer that has ended, but of none that nobody wanted any more."""
     _inside: int = 0
@@ -120,8 +123,20 @@ class Service:
         return self._inside > 0
 
     @cached_property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> Vocabulary:
+        """What its tokens are by themselves."""
+        return Vocabulary(self.tokenizer)
+
+    @cached_property
+    def _vocabulary_size(self) -> int:
         return len(self.tokenizer)
+
+    async def close(self) -> None:
+        """End its engine; what that was answering is lost."""
+        try:
+            await self.engine.close()
+        finally:
+            self.held.close()
 
     # ── prompts ──────────────────────────────────────────────────────────────────────────────────
 
@@ -131,8 +146,8 @@ class Service:
             ids = tuple(self.tokenizer(prompt)["input_ids"])
         else:
             ids = tuple(prompt)
-            if (largest := max(ids)) >= self._vocabulary:
-                raise UserError(f"token id {largest} is beyond the vocabulary of {self._vocabulary}")
+            if (largest := max(ids)) >= self._vocabulary_size:
+                raise UserError(f"token id {largest} is beyond the vocabulary of {self._vocabulary_size}")
         if not ids:
             raise UserError("the prompt is empty: give it at least one token")
         return ids
@@ -171,11 +186,13 @@ class Service:
 
     @contextlib.contextmanager
     def places(self, count: int) -> Iterator[None]:
-        """Hold places for so many answers. Raises Overloaded if they would wait too long, and EngineLost if
-        there is nobody to answer."""
+        """Hold places for so many answers. Raises UserError if there are never so many, Overloaded if they
+        would wait too long, and EngineLost if there is nobody to answer."""
         if self.engine.state != "ready":
             self.metrics.refused("engine_down")
             raise EngineLost("the engine is being started again")
+        if count > (most := self._slots + self.options.queue):
+            raise UserError(f"{count} answers at a time were asked for, and {most} may be: ask for fewer")
         ahead = self._inside + count - self._slots
         if ahead > self.options.queue:
             self.metrics.refused("queue_full")
@@ -240,7 +257,7 @@ class Service:
                             yield piece
                     if piece.finish is not None:
                         seconds = seen.finished(piece.finish)
-                        self._pace.learn(seconds)
+                        self._pace.learn(seconds - seen.queue_s)
                         self._tell(asked, seen, seconds)
                         yield piece
                         return

@@ -15,10 +15,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
         """``tokenizer`` is a ``tokenizers.Tokenizer``; ``prompt`` the ids before the answer."""
-        from tokenizers.decoders import DecodeStream
-
-        # What the first token looks like may depend on the one before it (a leading space).
-        self._stream = DecodeStream(ids=list(prompt[-_BEFORE:]), skip_special_tokens=True)
+        self._stream = _behind(tokenizer, prompt[-_BEFORE:])
         self._tokenizer = tokenizer
         self._stop = [word for word in stop if word]
         self._half: list[int] = []
@@ -61,4 +58,23 @@ class TextStream:
         return longest
 
 
-_BEFORE = 5
+_BEFORE = 10
+"""Tokens. A character takes four at most, so there is a whole one even if halves are at both ends."""
+_NO_CHARACTER = "\ufffd"
+
+
+def _behind(tokenizer: Any, before: Sequence[int]) -> Any:
+    """A stream of what follows these tokens: what the first one looks like may depend on them (a leading
+    space). Where they end within a character, the stream knows its half, and shows nothing of them."""
+    from tokenizers.decoders import DecodeStream
+
+    def text(tokens: Sequence[int]) -> str:
+        found: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return found
+
+    whole = next(n for n in range(len(before), -1, -1) if not text(before[:n]).endswith(_NO_CHARACTER))
+    stream = DecodeStream(ids=list(before[:whole]), skip_special_tokens=True)
+    if text(before[whole:]) == _NO_CHARACTER:  # several are no half of anything, and nothing makes it whole
+        for token in before[whole:]:
+            stream.step(tokenizer, token)
+    return stream

@@ -44,24 +44,37 @@ class Approval(RunInput):
 def run_study(rung: Rung, spec: OptimizeSpec) -> Study:
     """One rung of the ladder, as a run of the deployment `optimize`: it waits its turn for the device.
 
-    A retry, after Prefect's server was away, waits for the same run. Raises StudyError if it ended badly.
+    A retry, after Prefect's server was away, waits for the same run. Raises StudyError if it ended badly. If
+    this flow run is run again after that, another run takes the study up where it stopped.
     """
     output = Settings().studies / f"reoptimize-{flow_run.get_id()}-{rung}"
     asked = spec.model_copy(update={"output": str(output)})
     announce(f"rung {rung}: a study in {Settings().shown(output)}")
-    run = cast(
-        FlowRun,
-        run_deployment(
-            "optimize/optimize",
-            parameters={"spec": asked.model_dump(mode="json")},
-            idempotency_key=f"{flow_run.get_id()}-{rung}",
-            tags=["reoptimize", rung],
-        ),
-    )
-    if run.state is None or not run.state.is_completed():
+    run = _study_run(rung, asked, 1)
+    for attempt in range(2, flow_run.get_run_count() + 1):
+        if _ended_well(run):
+            break
+        run = _study_run(rung, asked, attempt)
+    if not _ended_well(run):
         how = run.state.name if run.state else "unknown"
         raise StudyError(f"the study of rung {rung} ended as {how}: see its flow run {run.name}")
     return load_study(output)
+
+
+def _study_run(rung: Rung, spec: OptimizeSpec, attempt: int) -> FlowRun:
+    """When it has ended. The same for whoever asks in the same attempt of this flow run."""
+    again = f"-{attempt}" if attempt > 1 else ""
+    run = run_deployment(
+        "optimize/optimize",
+        parameters={"spec": spec.model_dump(mode="json")},
+        idempotency_key=f"{flow_run.get_id()}-{rung}{again}",
+        tags=["reoptimize", rung],
+    )
+    return cast(FlowRun, run)
+
+
+def _ended_well(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_completed()
 
 
 @task(retries=3, retry_delay_seconds=[*PATIENCE_S], retry_condition_fn=may_help)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from watched import window as steady_window
-from windows import probe, window
+from windows import golden, probe, window
 
 from open_autoglm.errors import UserError
 from open_autoglm.monitoring import diagnosis
@@ -16,7 +16,7 @@ from open_autoglm.monitoring.config import read_watch_spec, watch_file
 from open_autoglm.monitoring.diagnosis import Served, remember_good_times
 from open_autoglm.monitoring.picture import draw_windows, watch_figure
 from open_autoglm.monitoring.watch_store import WatchStore
-from open_autoglm.schemas import Cause, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
+from open_autoglm.schemas import Cause, EndpointProbe, Judgement, LatencyWindow, OptimizeSpec, Slo, WatchState
 from open_autoglm.serving.local import LocalEndpoint
 
 NOW = datetime(2026, 11, 23, 14, 20, tzinfo=UTC)
@@ -115,6 +115,19 @@ def test_the_window_before_a_breach_is_not_its_first(tmp_path: Path, states: tup
     assert store.good_window("another", 2) is None
 
 
+def test_a_shift_that_was_found_late_has_a_good_window_from_before_it(tmp_path: Path) -> None:
+    """Its cumulative sum left zero long before it was enough: what came after is slow already."""
+    store = WatchStore(tmp_path, "m")
+    levels = [0.0, 0.1, 0.0, 0.2, 0.5, 0.8]
+    for minute, level in enumerate(levels):
+        one = judged("ok", minute)
+        store.append(one.model_copy(update={"figures": {"ttft_level_of_limit": level}}))
+    store.append(judged("breached", 6))
+    good = store.good_window(window().bundle_digest, 2)
+    assert good is not None
+    assert good.requests == 2
+
+
 def test_a_window_that_breaks_a_promise_is_no_good_time(tmp_path: Path) -> None:
     """Although a first one is no breach: a probe taken then would hide what is wrong ever after. In a good
     one a probe is tried, here of nobody."""
@@ -137,6 +150,70 @@ def test_a_rehearsal_is_no_good_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         told = remember_good_times(watch, judged("ok", 1), store, tmp_path)
         assert (told is None) == (share == 0)
         assert (store.probe(taken.bundle_digest) is None) == (share > 0)
+
+
+class Clock:
+    """Of a watch, in hours after its first look; probes are taken as `next` says."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store, self._home = WatchStore(home, "m"), home
+        self.next = probe()
+        self.asked = 0
+        served = Served(here=LocalEndpoint(url="http://127.0.0.1:1", pid=1, token=""), bundle=home)
+        monkeypatch.setattr(diagnosis, "find_served", lambda home, digest: served)
+        monkeypatch.setattr(diagnosis, "take_probe", self._take)
+
+    def _take(self, _served: Served, _seconds: float) -> EndpointProbe:
+        self.asked += 1
+        return self.next
+
+    def look(self, hours: float) -> EndpointProbe | None:
+        now = datetime.now(UTC) + timedelta(hours=hours)
+        one = judged("ok", 1).model_copy(update={"at": now})
+        assert remember_good_times(read_watch_spec(EXAMPLE), one, self.store, self._home) is None
+        return self.store.probe(self.next.bundle_digest)
+
+
+def test_a_probe_that_clients_left_no_time_for_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour later. Until one tells, the study's figures stand in for its times."""
+    clock = Clock(tmp_path, monkeypatch)
+    good, clock.next = clock.next, probe(golden(count=1))
+    assert clock.look(0) == clock.next
+    clock.next = good
+    assert clock.look(0.5) != good
+    assert clock.look(1.1) == good
+    assert clock.asked == 2
+
+
+def test_a_host_that_has_changed_since_is_the_new_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at once a day: else whatever is slow later would be put down to the new kernel. On the same host
+    the first probe stays, or an engine that becomes slower by and by would take it along."""
+    clock = Clock(tmp_path, monkeypatch)
+    first = clock.look(0)
+    clock.next = probe(golden(1.3))
+    assert clock.look(23) == first
+    assert clock.asked == 1
+    assert clock.look(25) == first
+    clock.next = probe(golden(1.3), kernel="6.2")
+    assert clock.look(25) == clock.next
+
+
+def test_the_studys_times_stand_in_for_those_a_probe_has_not_got(tmp_path: Path) -> None:
+    kept, now = probe(golden(count=1), kernel="6.0"), probe()
+    study = probe(golden(0.9), study=True)
+    served = Served(here=LocalEndpoint(url="http://127.0.0.1:1", pid=1, token=""), bundle=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosis, "_of_the_study", lambda served, probe: study)
+        found = diagnosis._baseline(kept, served, now)
+        assert diagnosis._baseline(None, served, now) == study
+        assert diagnosis._baseline(now, served, now) == now
+    assert found is not None
+    assert (found.source, found.golden, found.host) == ("study", study.golden, kept.host)
+    assert found.settings["kernel"] == "6.0"
 
 
 def test_the_last_windows_are_drawn() -> None:

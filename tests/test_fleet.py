@@ -148,7 +148,11 @@ def test_a_bundle_that_cannot_serve_changes_nothing(
     content = bytearray(graph.read_bytes())
     content[100] ^= 1
     graph.write_bytes(content)
+    torn = Path(shutil.copytree(bundles[1], tmp_path / "torn"))
+    tokenizer = next(torn.rglob("tokenizer.json"))
+    tokenizer.write_bytes(tokenizer.read_bytes()[:100])
     with traffic(served.url, 2) as found:
+        cut = admin.post("/admin/swap", json={"source": str(torn)})
         damaged = admin.post("/admin/swap", json={"source": str(copy)})
         refused = command(served, "swap", str(copy))
         missing = admin.post("/admin/swap", json={"source": str(tmp_path / "nothing")})
@@ -156,11 +160,13 @@ def test_a_bundle_that_cannot_serve_changes_nothing(
     found.check()
     assert damaged.status_code == 409
     assert "is damaged, its SHA-256" in damaged.json()["error"]["message"]
+    assert cut.status_code == 409
+    assert f"{tokenizer} cannot be read" in cut.json()["error"]["message"]
     assert missing.status_code == 400
     assert str(refused.exception) == damaged.json()["error"]["message"]
     status = admin.get("/admin/fleet").json()
     assert status["champion"]["bundle_digest"] == digest(bundles[0])
-    assert [event["kind"] for event in status["events"]] == ["started", "rejected", "rejected"]
+    assert [event["kind"] for event in status["events"]] == ["started", *["rejected"] * 3]
     shown = command(served, "endpoints").output
     assert served.url in shown
     assert f"({digest(bundles[0])[:12]}): engine ready, 0 restarts" in shown

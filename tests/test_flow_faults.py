@@ -262,6 +262,39 @@ def test_a_study_is_found_again_after_prefect_was_away(monkeypatch: pytest.Monke
     assert begun[0].id == begun[1].id
 
 
+@pytest.mark.usefixtures("prefect_harness", "home")
+def test_a_flow_that_is_run_again_takes_its_study_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both had died with their worker, and a person presses Retry: the dead run is not waited for again."""
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed
+
+    from flows.optimize import optimize
+    from tasks import deploy
+
+    optimize.to_deployment("optimize").apply()
+    begin, begun = deploy.run_deployment, []
+
+    def dying(name: str, **asked: Any) -> Any:
+        run = begin(name, **{**asked, "timeout": 0})
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run.id, Crashed(), force=True)
+            begun.append(client.read_flow_run(run.id))
+        return begun[-1]
+
+    monkeypatch.setattr(deploy, "run_deployment", dying)
+
+    @flow(retries=1)
+    def study() -> None:
+        deploy.run_study("quantise", OptimizeSpec(model_path="m"))
+
+    with pytest.raises(StudyError, match="the study of rung quantise ended as Crashed"):
+        study()
+    assert len(begun) == 3
+    assert begun[0].id == begun[1].id != begun[2].id
+    assert len({run.parameters["spec"]["output"] for run in begun}) == 1
+
+
 LOOKING = """
 import sys
 from flows.regression import regression

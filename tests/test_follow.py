@@ -107,6 +107,21 @@ def look(follower: Follower) -> None:
     asyncio.run(follower.look())
 
 
+def test_a_follower_that_ended_is_told(
+    shelf: Shelf, fleet: ToyFleet, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a bug: what is served goes on, and `/readyz` says that nobody looks at the registry."""
+
+    async def bug(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fleet, "swap", bug)
+    follower = follow(shelf.register("bug", 2, champion="2"))
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(follower.run())
+    assert "the registry is not followed any more" in follower.warning
+
+
 # ── aliases ──────────────────────────────────────────────────────────────────────────────────────
 
 

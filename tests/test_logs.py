@@ -127,6 +127,7 @@ def test_a_log_file_is_its_owners_and_may_be_rotated(tmp_path: Path) -> None:
         logger.warning("Invalid HTTP request received.")
         moved = path.rename(path.with_suffix(".1"))
         logger.warning("again")
+        assert path.stat().st_mode & 0o777 == 0o600
         assert json.loads(moved.read_text())["event"] == "Invalid HTTP request received."
         assert json.loads(path.read_text())["event"] == "again"
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -25,6 +27,13 @@ def softmax(logits: np.typing.NDArray[np.float64]) -> np.typing.NDArray[np.float
 
 def test_without_temperature_it_is_the_likeliest() -> None:
     assert set(draws(5, temperature=0, top_p=0.1)) == {int(LOGITS.argmax())}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, sys.float_info.min, 5e-324])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_with_hardly_any_temperature_it_is_the_likeliest(temperature: float, top_p: float) -> None:
+    """Though the logits are infinite when they are divided by it."""
+    assert set(draws(5, temperature=temperature, top_p=top_p)) == {int(LOGITS.argmax())}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -193,6 +193,24 @@ def test_a_prompt_that_was_read_is_not_read_again() -> None:
     }
 
 
+def test_conversations_that_begin_alike_keep_their_slots() -> None:
+    """As all of one template do: a few equal tokens are not worth a long text, while other slots are empty.
+    When none is, the shortest text goes."""
+    session = RuledSlots(2)
+    scheduler = Scheduler(session, 2, chunk_tokens=None)
+    one, other = [1, 2, 3, *[5] * 50], [1, 2, 3, *[6] * 30]
+    for name, prompt in (("one", one), ("other", other)):
+        scheduler.add(generation(name, prompt, 2))
+        run(scheduler)
+    for name, prompt, cached in (("one", one, 52), ("other", other, 32)):
+        scheduler.add(generation(name, [*prompt, 7], 2))
+        assert max(token.cached_tokens for token in run(scheduler)) >= cached
+    scheduler.add(generation("third", [1, 2, 3, 8, 8], 2))
+    run(scheduler)
+    scheduler.add(generation("one", [*one, 7], 2))
+    assert max(token.cached_tokens for token in run(scheduler)) >= 52
+
+
 class CyclingSlots(RuledSlots):
     """Says 0, 1, 2, 3, 0, 1, …: drafts are right once the cycle has been seen."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from services import Loop, event_loop, fleet_of
@@ -81,6 +84,43 @@ def test_what_a_closed_engine_was_answering_is_lost(loop: Loop, service: Service
 
     with pytest.raises(EngineLost, match="the engine ended before the answer did"):
         loop.runner.run(closed_amid_an_answer())
+
+
+def test_an_engine_that_cannot_be_started_for_now_is_started_later(
+    loop: Loop, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process could be forked, and somebody has moved the log: what was being answered is lost, and said
+    to be; until the next one is ready, so is why."""
+    fork, failed = asyncio.create_subprocess_exec, []
+
+    async def no_room(*command: Any, **options: Any) -> Any:
+        if not failed:
+            failed.append(service.engine.last_words)
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await fork(*command, **options)
+
+    async def killed() -> str:
+        answer = asyncio.create_task(ask(service, 170))
+        while not service.engine.load.running:
+            await asyncio.sleep(0.01)
+        service.engine._log.unlink()
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", no_room)
+        assert service.engine.pid is not None
+        os.kill(service.engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineLost):
+            await asyncio.wait_for(answer, 30)
+        while not failed or service.engine.last_words == failed[0]:
+            await asyncio.sleep(0.01)
+        said = service.engine.last_words
+        async with asyncio.timeout(60):
+            while service.engine.state != "ready":
+                await asyncio.sleep(0.05)
+        assert await ask(service, 3) == 3
+        return said
+
+    said = loop.runner.run(killed())
+    assert failed == ["the engine ended with signal 9: its log cannot be read: No such file or directory"]
+    assert said.startswith("the engine could not be started: [Errno 11]")
 
 
 # ── the fleet ────────────────────────────────────────────────────────────────────────────────────

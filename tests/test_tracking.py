@@ -95,9 +95,11 @@ def test_resumed_study_is_the_same_run(tracker: Tracker, client: Any) -> None:
     """Starting a study again finds its run, sets it running and keeps its request."""
     run_id = begin(tracker, "resumed")
     client.set_terminated(run_id, "FAILED")
-    elsewhere = demo_study().spec.model_copy(update={"output": "another/directory"})
+    other = {"output": "another/directory", "model_path": "./demo", "promote": False, "register_as": "chat"}
+    elsewhere = demo_study().spec.model_copy(update=other)
     assert tracker.start_study(elsewhere, "study-1", "resumed") == run_id
     run = client.get_run(run_id)
+    assert {run.data.tags[f"autoglm.{name}"] for name in ("model_path", "promote")} == {"./demo", "False"}
     assert run.info.status == "RUNNING"
     assert run.data.params["max_latency"] == "1s"
     assert begin(tracker, "resumed", "study-2") != run_id

@@ -52,6 +52,12 @@ def test_its_comments_tell_the_defaults(tmp_path: Path) -> None:
         ("ttft_p95: 2s", "ttft_p59: 2s", "ttft_p59", "`slo.ttft_p59` is not known: remove it, or mend"),
         ("min_requests: 50 #", "min_requests: 0 #", "min_requests", "greater than or equal to 1 (got 0)"),
         ("window: 15min #", "window: 4s #", "window: 4s", "a window is five seconds to a day long"),
+        (
+            "probe: 30s #",
+            "probe: 3min #",
+            "probe: 3min",
+            "a probe is a tenth of a second to two minutes long",
+        ),
         ("cool_down: 6h #", "cool_down: 5min #", "service", "judge.cool_down is shorter than judge.window"),
         ("  model_path: .autoglm/demo-glm\n", "", "optimize:", "`optimize.model_path` is missing: add it"),
         ("service: demo-glm", "service: ../demo", "service", "`service`: string should match pattern"),

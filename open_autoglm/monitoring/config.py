@@ -29,6 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DAY_MS = 24 * 3_600_000
 _SHORTEST_MS = 5_000
 """For a rehearsal: what is so short says little."""
+_SHORTEST_PROBE_MS, _LONGEST_PROBE_MS = 100, 120_000
 
 
 class SloSpec(Model):
@@ -60,6 +61,13 @@ class JudgeSpec(Model):
     baseline_windows: int = Field(
         96, ge=24, le=672, description="healthy ones before a version's first baseline: a day's"
     )
+
+    @field_validator("probe")
+    @classmethod
+    def _as_an_endpoint_takes_it(cls, probe: Duration) -> Duration:
+        if not _SHORTEST_PROBE_MS <= probe.ms <= _LONGEST_PROBE_MS:
+            raise ValueError("a probe is a tenth of a second to two minutes long, such as 30s")
+        return probe
 
     @field_validator("window")
     @classmethod

@@ -1,7 +1,7 @@
 """From a breach to its cause: what the serving host is asked, and what its answer is held against.
 
-A probe taken in good times, once for each bundle, is kept beside the watch's memory; until there is one, the
-study's own figures stand in.
+A probe taken in good times, one for each bundle, is kept beside the watch's memory. Until there is one, the
+study's own figures stand in; once a day it is looked whether the host is still the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from open_autoglm.errors import UserError
 from open_autoglm.monitoring.cause import name_cause
 from open_autoglm.monitoring.config import WatchSpec
 from open_autoglm.monitoring.golden import study_baseline
+from open_autoglm.monitoring.policy import CausePolicy
 from open_autoglm.monitoring.promises import check_promises
+from open_autoglm.monitoring.signs import changed_settings
 from open_autoglm.monitoring.watch_store import WatchStore
 from open_autoglm.monitoring.windows import NoWindow
 from open_autoglm.schemas import Cause, EndpointProbe, Judgement, RequestShape, Stage
 from open_autoglm.serving.local import LocalEndpoint, local_endpoints
 
+_HOUR_S, _DAY_S = 3600.0, 86400.0
 _SPARE_S = 30.0
 """For clients that are answered first, and for the probe's own end."""
 
@@ -75,12 +78,15 @@ def ask_admin(
 
 
 def remember_good_times(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Path) -> str | None:
-    """Take a probe of a bundle that is well and has none yet; why there is none, in words.
+    """Take a probe of a bundle that is well and has none, or an old one; why there is none, in words.
 
     A first window in which a promise is broken is no breach, but no good time either.
     """
     window = judgement.window
-    if judgement.state != "ok" or window is None or store.probe(window.bundle_digest) is not None:
+    if judgement.state != "ok" or window is None:
+        return None
+    kept, age_s = store.probe(window.bundle_digest), store.probe_age_s(window.bundle_digest, judgement.at)
+    if kept is not None and age_s < (_DAY_S if _tells(kept) else _HOUR_S):
         return None
     if any(kept.chance < watch.policy.promise_error for kept in check_promises(window, watch.policy.slo)):
         return None
@@ -90,7 +96,20 @@ def remember_good_times(watch: WatchSpec, judgement: Judgement, store: WatchStor
         return probe.reason
     if probe.slowed_share:
         return f"the engine was made {probe.slowed_share:.0%} slower to rehearse, which is no good time"
-    return store.keep_probe(probe)
+    return store.keep_probe(_the_better(kept, probe))
+
+
+def _the_better(kept: EndpointProbe | None, probe: EndpointProbe) -> EndpointProbe:
+    """The first of good times, lest an engine that becomes slower by and by takes them along; but a new one
+    if host or libraries are others now: whatever is slow later would be put down to that for ever."""
+    if kept is None or not _tells(kept):
+        return probe
+    return probe if _tells(probe) and changed_settings(probe, kept) else kept
+
+
+def _tells(probe: EndpointProbe) -> bool:
+    """Whether there are enough golden times in it to compare others with."""
+    return probe.golden is not None and len(probe.golden.ttft_ms) >= CausePolicy().golden_samples
 
 
 def diagnose(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Path) -> Cause:
@@ -107,8 +126,18 @@ def diagnose(watch: WatchSpec, judgement: Judgement, store: WatchStore, home: Pa
     probe = take_probe(served, watch.probe_s)
     if isinstance(probe, NoWindow):
         return _unknown(probe.reason)
-    baseline = store.probe(now.bundle_digest) or _of_the_study(served, probe)
+    baseline = _baseline(store.probe(now.bundle_digest), served, probe)
     return name_cause(good, now, probe, baseline, stage=_stage(judgement))
+
+
+def _baseline(kept: EndpointProbe | None, served: Served, probe: EndpointProbe) -> EndpointProbe | None:
+    """What was kept; for golden times that it has not got, the study's."""
+    if kept is not None and _tells(kept):
+        return kept
+    study = _of_the_study(served, probe)
+    if kept is None or study is None:
+        return kept or study
+    return study.model_copy(update={"host": kept.host, "settings": kept.settings})
 
 
 def _of_the_study(served: Served, probe: EndpointProbe) -> EndpointProbe | None:

@@ -34,6 +34,9 @@ a schedule is not on the second."""
 
 _HOST_WORTH_TELLING = 0.01
 
+LEVEL = "_level_of_limit"
+"""Behind a stage, the figure of its cumulative sum: 0 while it is no slower than ever."""
+
 
 class Policy(Model):
     """What is promised, and what it takes to say that it is not kept."""
@@ -260,7 +263,7 @@ def _shift_figures(watched: Watched, ms: float, expected: Expected, found: Findi
         f"{watched}_engine_ms": ms,
         f"{watched}_expected_ms": expected.ms,
         f"{watched}_jump_sigmas": found.sigmas,
-        f"{watched}_level_of_limit": found.sum / found.limit,
+        f"{watched}{LEVEL}": found.sum / found.limit,
         **host,
     }
 

@@ -6,6 +6,7 @@ power cut may tear its last line, which is then left out; a full disk is a reaso
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pydantic import AwareDatetime, Field
 
 from open_autoglm.files import digest_of, file_lock, write_atomic
 from open_autoglm.monitoring.baseline import Baseline
-from open_autoglm.monitoring.judge import JudgeState
+from open_autoglm.monitoring.judge import LEVEL, JudgeState
 from open_autoglm.monitoring.lesson import Lesson
 from open_autoglm.schemas.base import FORMAT_VERSION, Model
 from open_autoglm.schemas.watch import EndpointProbe, Judgement, LatencyWindow
@@ -135,6 +136,13 @@ class WatchStore:
         except (OSError, ValueError):
             return None
 
+    def probe_age_s(self, digest: str, now: datetime) -> float:
+        """Since it was kept, or confirmed; infinite without one."""
+        try:
+            return now.timestamp() - self._probe_file(digest).stat().st_mtime
+        except OSError:
+            return math.inf
+
     def keep_probe(self, probe: EndpointProbe) -> str | None:
         """Write it; why that is not possible, in words."""
         try:
@@ -150,7 +158,8 @@ class WatchStore:
         """The last one of this bundle before the breach there is, if any, began to show.
 
         A breach shows in ``confirm`` windows before it is called one, and those before the last of them are
-        still `ok`. Windows that said nothing may lie between.
+        still `ok`; a small shift shows in more, from where its cumulative sum has left zero. Windows that
+        said nothing may lie between.
         """
         known = [
             one
@@ -162,8 +171,9 @@ class WatchStore:
             healthy -= 1
         if healthy < len(known):
             healthy -= confirm - 1
-        good = (one.window for one in reversed(known[: max(healthy, 0)]) if one.state == "ok")
-        return next(good, None)
+        good = [one for one in known[: max(healthy, 0)] if one.state == "ok"]
+        unmoved = (one.window for one in reversed(good) if not _has_begun_to_shift(one))
+        return next(unmoved, good[-1].window if good else None)
 
     # ── what grows ───────────────────────────────────────────────────────────────────────────────
 
@@ -196,6 +206,11 @@ class WatchStore:
     def _turn_over(self) -> None:
         if self.history_file.exists() and self.history_file.stat().st_size > _MOST_HISTORY_BYTES:
             self.history_file.replace(self._older_file)
+
+
+def _has_begun_to_shift(judgement: Judgement) -> bool:
+    levels = (value for name, value in judgement.figures.items() if name.endswith(LEVEL))
+    return any(level > 0 for level in levels)
 
 
 def _is_torn(size: int, path: Path) -> bool:

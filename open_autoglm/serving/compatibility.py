@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from open_autoglm.bundle import end_token_ids, evidence_of, open_bundle
+from open_autoglm.errors import UserError
 from open_autoglm.hardware import read_memory
 from open_autoglm.schemas import Manifest
 from open_autoglm.serving.exam import Check, Exam
@@ -102,7 +103,11 @@ def _chat_template(directory: Path) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    """Raises UserError: nobody has checked the newcomer's digests yet."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     return content
 
 

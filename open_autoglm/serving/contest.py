@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 from open_autoglm.bundle import evidence_of
 from open_autoglm.schemas import Model
-from open_autoglm.serving.judge import Canary, Policy, Samples, Verdict, judge
+from open_autoglm.serving.judge import CLIENT_LOOKS, Canary, Policy, Samples, Verdict, judge
 from open_autoglm.serving.service import Asked, Outcome, Service
 from open_autoglm.serving.shadow import Shadow, ShadowOptions
 
 _LOGGER = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-_ANSWERS = 1000
-"""Of the challenger's own clients, the latest."""
 
 
 class ContestStatus(Model):
@@ -48,7 +45,9 @@ class Contest:
         self._act = act
         self._policy = policy or Policy()
         self._every_s = every_s
-        self._outcomes: deque[Outcome] = deque(maxlen=_ANSWERS)
+        self._outcomes: list[Outcome] = []
+        """Of the challenger's own clients, the first: as many as are ever looked at."""
+        self._answers = 0
         self._lost: list[str] = []
         self._begin_s = time.monotonic()
         self._verdict: Verdict | None = None
@@ -67,7 +66,7 @@ class Contest:
         return ContestStatus(
             pairs=len(pairs),
             quiet_pairs=sum(pair.quiet for pair in pairs),
-            answers=len(self._outcomes),
+            answers=self._answers,
             verdict=self._verdict,
         )
 
@@ -89,7 +88,9 @@ class Contest:
         if outcome.error is not None:
             self._lost.append(outcome.error)
         else:
-            self._outcomes.append(outcome)
+            self._answers += 1
+            if len(self._outcomes) < CLIENT_LOOKS[-1]:
+                self._outcomes.append(outcome)
             self._of_champion(asked, outcome)
 
     # ── the judge ────────────────────────────────────────────────────────────────────────────────
@@ -110,7 +111,7 @@ class Contest:
     def _samples(self) -> Samples:
         outcomes = tuple(self._outcomes)
         canary = Canary(
-            answers=len(outcomes),
+            answers=self._answers,
             lost=self._lost.count("engine_lost"),
             not_finite=self._lost.count("not_finite"),
             ttft_ms=tuple(one.ttft_ms for one in outcomes if one.ttft_ms is not None),

@@ -90,7 +90,10 @@ class Engine:
         pause_s = self._first_pause_s
         while True:
             begin = time.monotonic()
-            await self._run()
+            try:
+                await self._run()
+            except OSError as error:  # no memory, no process or no file left, for now
+                self.last_words = f"the engine could not be started: {error}"
             self._lose_all()
             self._become("restarting")
             pause_s = self._first_pause_s if time.monotonic() - begin > _STEADY_S else pause_s
@@ -101,7 +104,8 @@ class Engine:
     async def _run(self) -> None:
         """One process, from its start to its end."""
         ours, theirs = socket.socketpair()
-        with theirs, self._log.open("ab") as log:
+        with contextlib.ExitStack() as unless_started, theirs, self._log.open("ab") as log:
+            unless_started.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-m", "open_autoglm.serving.engine_main", str(theirs.fileno()), str(os.getpid())),
@@ -110,6 +114,7 @@ class Engine:
                 stdout=log,
                 stderr=log,
             )
+            unless_started.pop_all()
         self.pid, self.slower = process.pid, 0.0
         loop = asyncio.get_running_loop()
         pipe, lines = await loop.create_connection(lambda: _Lines(self._take), sock=ours)
@@ -145,9 +150,12 @@ class Engine:
             queue.put_nowait(None)
 
     def _last_line(self) -> str:
-        with self._log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
-            lines = log.read().decode(errors="replace").strip().splitlines()
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+                lines = log.read().decode(errors="replace").strip().splitlines()
+        except OSError as error:  # somebody has moved it
+            return f"its log cannot be read: {error.strerror}"
         return lines[-1] if lines else "it said nothing"
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────

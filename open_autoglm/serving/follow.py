@@ -115,13 +115,16 @@ class Follower:
         return "; ".join(self._wrong.values())
 
     async def run(self) -> None:
-        """Until cancelled. What is raised is a bug."""
-        while True:
-            await self.look()
-            with suppress(TimeoutError):
-                pause_s = self._every_s * random.uniform(1 - _JITTER, 1 + _JITTER)
-                await asyncio.wait_for(self._sooner.wait(), pause_s)
-            self._sooner.clear()
+        """Until cancelled. What is raised is a bug, of which `warning` tells as well."""
+        try:
+            while True:
+                await self.look()
+                with suppress(TimeoutError):
+                    pause_s = self._every_s * random.uniform(1 - _JITTER, 1 + _JITTER)
+                    await asyncio.wait_for(self._sooner.wait(), pause_s)
+                self._sooner.clear()
+        finally:
+            self._wrong["follower"] = "the registry is not followed any more: the log says why"
 
     async def verdict(
         self, kind: Literal["promote", "rollback"], reason: str, evidence: Mapping[str, Any]

@@ -22,12 +22,14 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from open_autoglm.measure.comparison import LEAST_PAIRS, compare
-from open_autoglm.measure.statistics import P95_SAMPLES, chance_of_so_few, percentile_holds
+from open_autoglm.measure.statistics import chance_of_so_few
 from open_autoglm.schemas import Comparison, Model, QualityReport
 from open_autoglm.serving.shadow import Pair, Side
 
 VerdictKind = Literal["promote", "rollback", "wait"]
 Times = Literal["ttft_ms", "tpot_ms", "e2e_ms"]
+CLIENT_LOOKS = tuple(25 * 2**doubled for doubled in range(10))
+"""Answers to the challenger's own clients after which a promise of latency may be found broken."""
 TIMES: tuple[Times, ...] = ("ttft_ms", "tpot_ms", "e2e_ms")
 
 
@@ -46,6 +48,9 @@ class Policy(Model):
     errors: int = Field(2, ge=0, description="answers that the challenger may lose")
     slo_ttft_ms: float | None = Field(None, gt=0, description="p95 of the challenger's clients")
     slo_e2e_ms: float | None = Field(None, gt=0, description="the same, to the last token")
+    slo_error: float = Field(
+        0.01, gt=0, lt=1, description="chance that any look finds a promise broken that is kept"
+    )
     patience_s: float = Field(
         86_400, gt=0, description="of a trial with a shadow, after which it is given up as not decided"
     )
@@ -67,7 +72,7 @@ class Canary(Model):
     answers: int = 0
     lost: int = Field(0, description="answers that a crash ended")
     not_finite: int = Field(0, description="answers that NaN or infinity ended")
-    ttft_ms: tuple[float, ...] = Field((), description="per answer, from its arrival")
+    ttft_ms: tuple[float, ...] = Field((), description="per answer, from its arrival; the first ones")
     e2e_ms: tuple[float, ...] = Field((), description="per answer, from its arrival")
 
 
@@ -159,16 +164,22 @@ def _beyond_excuse(samples: Samples, failed: Evidence, policy: Policy) -> str | 
     canary = samples.canary
     limits = (("TTFT", policy.slo_ttft_ms, canary.ttft_ms), ("e2e", policy.slo_e2e_ms, canary.e2e_ms))
     for name, limit_ms, values in limits:
-        if limit_ms is not None and _breached(values, limit_ms):
-            over = sum(value > limit_ms for value in values)
-            return f"p95 {name} is over its limit of {limit_ms:g} ms: {over} of {len(values)} answers were"
+        if limit_ms is not None and (broken := _broken(values, limit_ms, policy)) is not None:
+            over, of = broken
+            return f"p95 {name} is over its limit of {limit_ms:g} ms: {over} of {of} answers were"
     return None
 
 
-def _breached(values: Sequence[float], limit_ms: float) -> bool:
-    """Not before there are enough answers for a p95 to decide: who asks after each answer would sooner or
-    later meet three bad ones in a row."""
-    return len(values) >= P95_SAMPLES and percentile_holds(values, limit_ms, 0.95) is False
+def _broken(values: Sequence[float], limit_ms: float, policy: Policy) -> tuple[int, int] | None:
+    """How many of how many answers were over it, at the first look at which a promise that is kept would
+    hardly look so; None if there is none."""
+    for look in CLIENT_LOOKS:
+        if look > len(values):
+            break
+        over = sum(value > limit_ms for value in values[:look])
+        if chance_of_so_few(look - over, look, 0.95) < policy.slo_error / len(CLIENT_LOOKS):
+            return over, look
+    return None
 
 
 # ── quality ──────────────────────────────────────────────────────────────────────────────────────

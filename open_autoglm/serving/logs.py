@@ -14,6 +14,7 @@ import time
 import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,19 @@ def start_log(options: LogOptions) -> None:
         handler = logging.StreamHandler()
     else:
         options.file.parent.mkdir(parents=True, exist_ok=True)
-        options.file.touch(mode=0o600)
-        handler = logging.handlers.WatchedFileHandler(options.file)  # others may rotate it
+        handler = _OwnFile(options.file)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     _log.setLevel(logging.INFO)
+
+
+class _OwnFile(logging.handlers.WatchedFileHandler):
+    """Others may rotate it; the next one, too, is for its owner alone: prompts may be in it."""
+
+    def _open(self) -> TextIOWrapper:
+        path = Path(self.baseFilename)
+        path.touch(mode=0o600)
+        return path.open("a", encoding="utf-8")
 
 
 class JsonLines(logging.Formatter):

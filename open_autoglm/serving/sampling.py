@@ -29,7 +29,9 @@ def choose(logits: Logits, sampling: Sampling, random: np.random.Generator | Non
     if random is None or sampling.temperature == 0:
         token = int(logits.argmax())
     else:
-        token = _draw(logits.astype(np.float64) / sampling.temperature, sampling.top_p, random)
+        # The largest becomes 0 before it is divided: a tiny temperature would make it infinite.
+        below = logits.astype(np.float64) - float(logits.max())
+        token = _draw(below / sampling.temperature, sampling.top_p, random)
     if sampling.logprobs is None:
         return Choice(token, None, ())
     logs = _log_softmax(logits)
@@ -38,8 +40,9 @@ def choose(logits: Logits, sampling: Sampling, random: np.random.Generator | Non
 
 
 def _draw(scaled: NDArray[np.float64], top_p: float, random: np.random.Generator) -> int:
-    """Nucleus sampling (Holtzman et al., "The curious case of neural text degeneration", 2020)."""
-    shares = np.exp(scaled - scaled.max())
+    """Nucleus sampling (Holtzman et al., "The curious case of neural text degeneration", 2020), by logits of
+    which the largest is 0."""
+    shares = np.exp(scaled)
     shares /= shares.sum()
     if top_p == 1:
         return _pick(np.arange(len(shares)), shares, random)

@@ -137,12 +137,14 @@ class Scheduler:
             self._reading.append(_Running(generation, slot, self._clock(), common, self._draft_tokens))
 
     def _place(self, generation: Generation) -> tuple[int, int]:
-        """The free slot that holds most of the beginning of the prompt, and how much of it."""
+        """The free slot where most need not be read of the prompt, less what is thrown away for it; and how
+        much that is. All prompts of one template begin alike: without the loss, each would take the place of
+        the conversation before, though other slots are empty."""
         if not self._reuse or generation.fresh:
             return min(self._free, key=lambda slot: (len(self._held[slot]), slot)), 0
         # One token is left to read, since its logits are wanted.
         shared = {slot: _common(self._held[slot], generation.prompt[:-1]) for slot in self._free}
-        slot = max(sorted(self._free), key=lambda slot: (shared[slot], -len(self._held[slot])))
+        slot = max(sorted(self._free), key=lambda slot: 2 * shared[slot] - len(self._held[slot]))
         return slot, shared[slot]
 
     def _next_in_line(self) -> _Running:

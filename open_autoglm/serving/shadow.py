@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +31,9 @@ class ShadowOptions(Model):
     seed: int = Field(0, description="chooses them")
     queue: int = Field(8, ge=1, description="prompts that may wait; more are dropped")
     output_tokens: int = Field(64, ge=1, description="of an answer, at most")
-    pairs: int = Field(1000, ge=1, description="kept at most, the latest")
+    pairs: int = Field(
+        1000, ge=1, description="kept of each kind, the first: looks at numbers of pairs are at the same ones"
+    )
     quiet_wait_s: float = Field(5, ge=0, description="for nobody to be answered, before a pair begins anyway")
 
 
@@ -79,7 +81,8 @@ class Shadow:
         self._options = options
         self._random = np.random.default_rng(options.seed)
         self._queue: asyncio.Queue[tuple[tuple[int, ...], int]] = asyncio.Queue(options.queue)
-        self._pairs: deque[Pair] = deque(maxlen=options.pairs)
+        self._pairs: list[Pair] = []
+        self._kept: Counter[tuple[bool, bool]] = Counter()
         self._quiet_pairs = 0
         self._offered = self._taken = self._dropped = self._gave_way = 0
 
@@ -109,7 +112,10 @@ class Shadow:
                 self._gave_way += 1
                 continue
             self._quiet_pairs += pair.quiet
-            self._pairs.append(pair)
+            kind = (pair.quiet, pair.complete)
+            if self._kept[kind] < self._options.pairs:
+                self._kept[kind] += 1
+                self._pairs.append(pair)
 
     def evidence(self) -> ShadowEvidence:
         """All so far; it holds no text and can be stored as it is."""

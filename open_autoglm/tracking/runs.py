@@ -10,6 +10,8 @@ from open_autoglm.schemas import OptimizeSpec, Registration, Study, Trial
 from open_autoglm.tracking.connection import Connection, asking
 
 STUDY, _TRIAL = "autoglm.study_id", "autoglm.trial_key"
+_WITHOUT_EFFECT = ("model_path", "register_as", "promote")
+"""Of a request: no figure of a study depends on them."""
 _ENDED_WELL = ("ok", "stopped", "vetoed")
 
 
@@ -21,9 +23,11 @@ class Studies(Connection):
         """The parent run of the study, created or set running again; returns its id."""
         experiment_id = self._experiment(f"open-autoglm/{model_name}")
         run_id = self._run(experiment_id, STUDY, study_id, name=study_id, parent=None)
+        # Params cannot change, and the same study may go on under another path or name.
+        asked = spec.model_dump(mode="json", exclude_none=True, exclude={"output", *_WITHOUT_EFFECT})
+        said = {f"autoglm.{name}": str(getattr(spec, name)) for name in _WITHOUT_EFFECT}
+        self._log(run_id, params=asked, tags={"autoglm.model": model_name, **said})
         self._client.update_run(run_id, status="RUNNING")
-        asked = spec.model_dump(mode="json", exclude_none=True, exclude={"output"})  # params cannot change
-        self._log(run_id, params=asked, tags={"autoglm.model": model_name})
         self._client.log_text(run_id, spec.model_dump_json(indent=2), "spec.json")
         return run_id
 
